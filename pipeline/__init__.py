@@ -1,0 +1,38 @@
+"""One run: compose a configuration, train and evaluate a Keras MLP, record it in MLflow."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Read by the libraries when they are first imported, so set before any of them is.
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow: errors only
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # log only the requirements we name
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # not 7: minutes a call
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Hides what native code writes: TensorFlow's first lines ignore its own log level."""
+    saved = os.dup(2)
+    with Path(os.devnull).open("w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def start_libraries() -> None:
+    """Imports what takes seconds: TensorFlow, Keras, MLflow; its messages are not shown."""
+    with _stderr_closed():
+        import tensorflow as tf
+
+        import pipeline.tracking  # noqa: F401
+
+        tf.config.list_physical_devices()  # looks for GPUs, and says so

@@ -1,0 +1,163 @@
+"""From the command line to a checked `RunConfig`: the one module that knows Hydra and OmegaConf."""
+
+import atexit
+import difflib
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import cast
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from pipeline.config import OPTIMIZERS, RunConfig, check_choice
+
+log = logging.getLogger(__name__)
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: an interruption like Ctrl-C, with an exit status of its own."""
+
+
+class Reported(Exception):
+    """An error of one job of several that was already shown to the user."""
+
+
+def to_config(cfg: DictConfig) -> RunConfig:
+    """Types and checks a composed configuration.
+
+    Raises:
+        ValueError: A key is unknown or missing, or its value has the wrong type or range.
+    """
+    check_choice("optimizer.name", cfg.optimizer.name, tuple(OPTIMIZERS))
+    schema = OmegaConf.structured(RunConfig)
+    # Nodes made from frozen dataclasses are read-only, and merging writes.
+    OmegaConf.set_readonly(schema, False)
+    for name, field in RunConfig.__dataclass_fields__.items():
+        if isinstance(cfg[name], DictConfig):
+            schema[name] = OPTIMIZERS[cfg.optimizer.name] if name == "optimizer" else field.type
+            OmegaConf.set_readonly(schema[name], False)
+    try:
+        return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(schema, cfg)))
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error)) from error
+
+
+def run_cli(config_name: str, task: Callable[[RunConfig, str], None]) -> None:
+    """Composes `conf/<config_name>.yaml` with the command line and calls `task`.
+
+    Every error ends in one line on standard error and a non-zero exit; `HYDRA_FULL_ERROR=1`
+    shows its traceback instead.
+
+    Args:
+        config_name: Root of the configuration.
+        task: Receives the configuration and the overrides as they were given, quoted for a
+            shell; called once a job of a multirun.
+    """
+    tracebacks = bool(os.environ.get("HYDRA_FULL_ERROR"))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way and exits
+    OmegaConf.register_new_resolver("scratch_dir", _scratch_dir, use_cache=True, replace=True)
+    signal.signal(signal.SIGTERM, _raise_terminated)
+
+    def job(cfg: DictConfig) -> None:
+        with _errors_in_one_line(config_name, tracebacks):
+            task(to_config(cfg), shlex.join(HydraConfig.get().overrides.task))
+
+    with _errors_in_one_line(config_name, tracebacks):
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+
+
+def _raise_terminated(signum: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _scratch_dir() -> str:
+    """A folder that lasts as long as the process, for what Hydra insists on writing."""
+    path = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@contextmanager
+def _errors_in_one_line(config_name: str, tracebacks: bool) -> Iterator[None]:
+    try:
+        yield
+    except Terminated:
+        sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Reported:
+        sys.exit(1)
+    except Exception as error:
+        if tracebacks:
+            raise
+        print(f"Error: {explain(error, config_name)}", file=sys.stderr)
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise Reported from error  # Hydra goes on with the other jobs
+        sys.exit(1)
+
+
+def explain(error: BaseException, config_name: str = "run") -> str:
+    """One line that tells a user what was wrong, with the nearest valid name where one is near."""
+    text = str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value: set {error.full_key}=..."
+    if isinstance(error, OmegaConfBaseException):
+        rule = " ".join(text.split("\n    full_key", maxsplit=1)[0].split())
+        return f"{error.full_key}: {rule}." if error.full_key else rule
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        options = ", ".join(error.options)
+        return f"{group}={option}: no such option among {options}{_nearest(option, error.options)}"
+    if isinstance(error, HydraException):
+        key = re.search(r"Could not (?:override|append to config) '\+*([^'=@]+)", text)
+        if key and "already at" not in text:
+            return f"{key[1]}: no such key{_nearest(key[1], _known_names(config_name))}"
+        return " ".join(text.split())
+    if isinstance(error, ValueError):
+        return text
+    return f"{type(error).__name__}: {' '.join(text.split())}"
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else "."
+
+
+def _known_names(config_name: str) -> list[str]:
+    """Dotted names of every value and group, whatever the option chosen."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        loader = GlobalHydra.instance().config_loader()
+        groups = [group for group in loader.list_groups("") if group != "hydra"]
+        names = set(groups)
+        for group in groups:
+            for option in loader.get_group_options(group):
+                plus = "+" if group == "experiment" else ""
+                cfg = hydra.compose(config_name, [f"{plus}{group}={option}"])
+                names.update(_leaves(cfg))
+    return sorted(names)
+
+
+def _leaves(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in map(str, cfg):
+        node = cfg._get_node(name)
+        yield f"{prefix}{name}"
+        if isinstance(node, DictConfig):
+            yield from _leaves(node, f"{prefix}{name}.")

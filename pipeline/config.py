@@ -1,0 +1,305 @@
+"""What one run is made of: names, types and ranges. The defaults stand in `conf/`."""
+
+import math
+import re
+from dataclasses import dataclass
+
+ACTIVATIONS = ("relu", "gelu", "silu", "elu", "selu", "tanh", "sigmoid")
+INITIALIZERS = (
+    "auto",
+    "glorot_uniform",
+    "glorot_normal",
+    "he_uniform",
+    "he_normal",
+    "lecun_uniform",
+    "lecun_normal",
+)
+LOADERS = ("arrays", "digits")
+SCHEDULES = ("constant", "cosine")
+COMPILE = ("auto", "always", "never")
+
+
+def check(rule_holds: bool, key: str, rule: str, value: object) -> None:
+    """Raises a `ValueError` that states the key, the rule and the value, unless the rule holds."""
+    if not rule_holds:
+        raise ValueError(f"{key} must be {rule}, got {value!r}.")
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    check(value in choices, key, f"one of {', '.join(choices)}", value)
+
+
+def check_at_least(key: str, value: float, low: float) -> None:
+    check(math.isfinite(value) and value >= low, key, f"at least {low}", value)
+
+
+def check_name(key: str, value: str) -> None:
+    """A name may become a path or an address: letters, digits, dot, hyphen and underscore."""
+    safe = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value) and value.strip(".")
+    check(bool(safe), key, "1 to 64 of the characters A-Z a-z 0-9 . _ -", value)
+
+
+def without_password(text: str) -> str:
+    """Hides the password of every address in a text: `postgresql://me:***@host/db`."""
+    return re.sub(r"(://[^:/@\s]*):\S+@", r"\1:***@", text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Images and labels, and how training images become train and validation. `conf/data/`.
+
+    Attributes:
+        name: Name of the data set, shown on the run.
+        loader: `arrays` (`.npz` or IDX files) or `digits` (bundled with scikit-learn).
+        path: File or folder of the arrays; null looks in the caches, then downloads.
+        sources: Alternatives in the order tried, each the addresses that make up one full copy.
+        sha256: SHA-256 of train images, train labels, test images and test labels in their
+            uncompressed IDX form; null accepts any content.
+        pixel_max: Pixel value that the model scales to 1.
+        class_names: Name of each label; null shows the numbers.
+        train_size: Training images to use, a stratified draw; null uses all.
+        validation_size: Images held out of the training images: a whole number, or a fraction
+            of them below 1.
+        split_seed: Seed of the draws, apart from the run's seed so that runs stay comparable.
+    """
+
+    name: str
+    loader: str
+    path: str | None
+    sources: list[list[str]]
+    sha256: list[str] | None
+    pixel_max: float
+    class_names: list[str] | None
+    train_size: int | None
+    validation_size: int | float
+    split_seed: int
+
+    def __post_init__(self) -> None:
+        check_name("data.name", self.name)
+        check_choice("data.loader", self.loader, LOADERS)
+        check(
+            self.sha256 is None or len(self.sha256) == 4,
+            "data.sha256",
+            "null or 4 digests",
+            self.sha256,
+        )
+        check(
+            math.isfinite(self.pixel_max) and self.pixel_max > 0,
+            "data.pixel_max",
+            "positive",
+            self.pixel_max,
+        )
+        if self.train_size is not None:
+            check_at_least("data.train_size", self.train_size, 1)
+        check(
+            0 <= self.validation_size < 1 or float(self.validation_size).is_integer(),
+            "data.validation_size",
+            "a fraction in [0, 1) or a whole number of images",
+            self.validation_size,
+        )
+        check_at_least("data.split_seed", self.split_seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Multilayer perceptron. Defaults: `conf/model/mlp.yaml`.
+
+    Attributes:
+        hidden_units: Width of each hidden layer, at least 1.
+        hidden_layers: Number of hidden layers, at most 100; 0 is multinomial logistic regression.
+        dropout_rate: Fraction of hidden activations zeroed while training, in [0, 1).
+        activation: Of each hidden layer.
+        initializer: Of the hidden weights; `auto` suits the activation.
+        batch_normalization: Between each hidden layer's product and its activation.
+        l2: Factor of the sum of squared weights added to the loss; 0 is none.
+        max_norm: Bound on the norm of the weights into one unit; null is none.
+    """
+
+    hidden_units: int
+    hidden_layers: int
+    dropout_rate: float
+    activation: str
+    initializer: str
+    batch_normalization: bool
+    l2: float
+    max_norm: float | None
+
+    def __post_init__(self) -> None:
+        check_at_least("model.hidden_units", self.hidden_units, 1)
+        check(
+            0 <= self.hidden_layers <= 100, "model.hidden_layers", "in [0, 100]", self.hidden_layers
+        )
+        check(0 <= self.dropout_rate < 1, "model.dropout_rate", "in [0, 1)", self.dropout_rate)
+        check_choice("model.activation", self.activation, ACTIVATIONS)
+        check_choice("model.initializer", self.initializer, INITIALIZERS)
+        check_at_least("model.l2", self.l2, 0)
+        if self.max_norm is not None:
+            check(
+                math.isfinite(self.max_norm) and self.max_norm > 0,
+                "model.max_norm",
+                "positive or null",
+                self.max_norm,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """What every optimizer has. Defaults: `conf/optimizer/`.
+
+    Attributes:
+        name: Which optimizer.
+        learning_rate: Step size at the peak of the schedule, positive.
+        weight_decay: Fraction of each weight subtracted a step, times the learning rate; 0 is none.
+        schedule: `constant`, or `cosine` down to 0 at the last step.
+        warmup_epochs: Epochs over which a cosine schedule first rises from 0.
+    """
+
+    name: str
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    warmup_epochs: float
+
+    def __post_init__(self) -> None:
+        check(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            "optimizer.learning_rate",
+            "positive",
+            self.learning_rate,
+        )
+        check_at_least("optimizer.weight_decay", self.weight_decay, 0)
+        check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        check_at_least("optimizer.warmup_epochs", self.warmup_epochs, 0)
+        if self.warmup_epochs and self.schedule != "cosine":
+            raise ValueError(
+                f"optimizer.warmup_epochs={self.warmup_epochs} needs optimizer.schedule=cosine, "
+                f"got {self.schedule!r}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSpropConfig(OptimizerConfig):
+    """RMSprop (Hinton 2012). `rho`: decay of the mean square; both in [0, 1)."""
+
+    rho: float
+    momentum: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.rho < 1, "optimizer.rho", "in [0, 1)", self.rho)
+        check(0 <= self.momentum < 1, "optimizer.momentum", "in [0, 1)", self.momentum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig(OptimizerConfig):
+    """Adam (Kingma and Ba 2015), decoupled weight decay; both decays in [0, 1)."""
+
+    beta_1: float
+    beta_2: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.beta_1 < 1, "optimizer.beta_1", "in [0, 1)", self.beta_1)
+        check(0 <= self.beta_2 < 1, "optimizer.beta_2", "in [0, 1)", self.beta_2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDConfig(OptimizerConfig):
+    """Stochastic gradient descent; `nesterov` needs a momentum, which is in [0, 1)."""
+
+    momentum: float
+    nesterov: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.momentum < 1, "optimizer.momentum", "in [0, 1)", self.momentum)
+        if self.nesterov:
+            check(self.momentum > 0, "optimizer.momentum", "positive with nesterov", self.momentum)
+
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
+    "rmsprop": RMSpropConfig,
+    "adam": AdamConfig,
+    "sgd": SGDConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long and how fast. Defaults: `conf/training/default.yaml`.
+
+    Attributes:
+        epochs: Passes over the training images, at most.
+        batch_size: Images a step; the last step of an epoch takes what is left.
+        early_stopping_patience: Epochs without a better `val_accuracy` before the training
+            stops and the best weights are restored; null trains all epochs.
+        compile: XLA: `always`, `never`, or `auto` where it repays its compilation.
+        threads: Processor threads of TensorFlow. Results are repeatable for equal counts.
+    """
+
+    epochs: int
+    batch_size: int
+    early_stopping_patience: int | None
+    compile: str
+    threads: int
+
+    def __post_init__(self) -> None:
+        check_at_least("training.epochs", self.epochs, 1)
+        check_at_least("training.batch_size", self.batch_size, 1)
+        if self.early_stopping_patience is not None:
+            check_at_least("training.early_stopping_patience", self.early_stopping_patience, 1)
+        check_choice("training.compile", self.compile, COMPILE)
+        check_at_least("training.threads", self.threads, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs are recorded. Defaults: `conf/tracking/`.
+
+    Attributes:
+        uri: Address of an MLflow server or database; null is SQLite in `directory`.
+        directory: Folder of the local store and its artifacts.
+        experiment: MLflow experiment, created when missing.
+        run_name: Name of the run; null makes one from the settings.
+        system_metrics: Whether to record processor, memory and disk use while training.
+    """
+
+    uri: str | None
+    directory: str
+    experiment: str
+    run_name: str | None
+    system_metrics: bool
+
+    def __post_init__(self) -> None:
+        check_name("tracking.experiment", self.experiment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, whole. Defaults: `conf/run.yaml`.
+
+    Attributes:
+        seed: Of the initial weights, the shuffling and the dropout.
+        evaluate_test: Whether this run looks at the test split, once, at its end.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    tracking: TrackingConfig
+    seed: int
+    evaluate_test: bool
+
+    def __post_init__(self) -> None:
+        check(0 <= self.seed < 2**32, "seed", "in [0, 2**32)", self.seed)
+        if self.training.early_stopping_patience is not None and not self.data.validation_size:
+            raise ValueError(
+                f"training.early_stopping_patience={self.training.early_stopping_patience} needs "
+                f"validation images, got data.validation_size={self.data.validation_size}."
+            )
+        if self.optimizer.warmup_epochs >= self.training.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs must be below training.epochs={self.training.epochs}, "
+                f"got {self.optimizer.warmup_epochs}."
+            )

@@ -1,0 +1,104 @@
+"""Pictures of one run: its digits, its learning curves, its mistakes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.data import Array, Split
+from pipeline.evaluate import Evaluation
+
+Metrics = dict[str, float]
+
+_COLUMNS = 10
+_MOST_NUMBERS = 20  # classes beyond which a confusion matrix has no room for its numbers
+
+
+def digit_grid(split: Split, class_names: list[str], *, rows: int = 5) -> Figure:
+    """The first images of the split, each under its label."""
+    count = min(len(split), rows * _COLUMNS)
+    titles = [class_names[label] for label in split.labels[:count]]
+    return _grid(split.images[:count], titles, "Training images and their labels")
+
+
+def confident_mistakes(evaluation: Evaluation, class_names: list[str], *, rows: int = 3) -> Figure:
+    """The wrong predictions of the highest probability, the most confident first."""
+    split, probabilities = evaluation.split, evaluation.probabilities
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = np.flatnonzero(predicted != split.labels)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][: rows * _COLUMNS]
+    titles = [
+        f"{class_names[split.labels[i]]} as {class_names[predicted[i]]}\n{confidence[i]:.1%}"
+        for i in worst
+    ]
+    heading = (
+        f"Most confident of {len(wrong)} mistakes in {len(split)} images (label as prediction)"
+    )
+    return _grid(split.images[worst], titles, heading)
+
+
+def _grid(images: Array, titles: Sequence[str], heading: str) -> Figure:
+    """Images in rows of ten, drawn as one picture: an axes an image takes seconds."""
+    columns = min(_COLUMNS, max(1, len(images)))
+    rows = max(1, -(-len(images) // columns))
+    height, width = images.shape[1:]
+    top = height * (0.22 + 0.18 * max((title.count("\n") for title in titles), default=0))
+    gap = max(1, round(width * 0.12))
+    cell_height, cell_width = height + round(top) + gap, width + gap
+    canvas = np.full((rows * cell_height, columns * cell_width - gap), np.nan)
+    figure = Figure(figsize=(columns * 1.1, rows * 1.1 * cell_height / cell_width + 0.4))
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98 - 0.4 / figure.get_figheight()))
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+        y, x = (i // columns) * cell_height + round(top), (i % columns) * cell_width
+        canvas[y : y + height, x : x + width] = image
+        axes.text(x + width / 2 - 0.5, y - 1, title, ha="center", va="bottom", fontsize=8)
+    axes.imshow(canvas, cmap="gray_r", interpolation="nearest", vmin=0)
+    axes.set_axis_off()
+    figure.suptitle(heading, fontsize=11, y=0.99, va="top")
+    return figure
+
+
+def learning_curves(history: list[Metrics]) -> Figure:
+    """Loss and accuracy an epoch, on train and, where there is one, validation."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    epochs = range(1, len(history) + 1)
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for key, label in ((name, "train"), (f"val_{name}", "validation")):
+            if key in history[0]:
+                axes.plot(epochs, [metrics[key] for metrics in history], marker=".", label=label)
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def confusion_matrix(evaluation: Evaluation, class_names: list[str]) -> Figure:
+    """Images of each label (rows) by prediction (columns); the shade shows the mistakes."""
+    labels, predicted = evaluation.split.labels, evaluation.probabilities.argmax(axis=1)
+    size = len(class_names)
+    counts = np.zeros((size, size), int)
+    np.add.at(counts, (labels, predicted), 1)
+    mistakes = counts * (1 - np.eye(size, dtype=int))
+    side = 3.0 + 0.34 * min(size, 30)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(mistakes, cmap="Reds", vmax=max(1, mistakes.max()))
+    axes.set(xlabel="prediction", ylabel="label", title=f"{mistakes.sum()} of {len(labels)} wrong")
+    if size <= _MOST_NUMBERS:
+        axes.set_xticks(
+            range(size), class_names, rotation=45 if max(map(len, class_names)) > 2 else 0
+        )
+        axes.set_yticks(range(size), class_names)
+        _write_counts(axes, counts, mistakes)
+    return figure
+
+
+def _write_counts(axes: Axes, counts: npt.NDArray[np.int_], mistakes: npt.NDArray[np.int_]) -> None:
+    dark = mistakes > 0.6 * max(1, mistakes.max())
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            color = "white" if dark[row, column] else "black"
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)

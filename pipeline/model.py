@@ -1,0 +1,133 @@
+"""The multilayer perceptron and its optimizer."""
+
+import keras
+import psutil
+
+from pipeline.config import (
+    AdamConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RMSpropConfig,
+    SGDConfig,
+)
+from pipeline.data import Data
+
+# He et al. 2015 for units that are zero on one side, LeCun 1998 for self-normalizing ones
+# (Klambauer et al. 2017), Glorot and Bengio 2010 for symmetric ones.
+_INITIALIZERS = {
+    "relu": "he_normal",
+    "gelu": "he_normal",
+    "silu": "he_normal",
+    "elu": "he_normal",
+    "selu": "lecun_normal",
+    "tanh": "glorot_uniform",
+    "sigmoid": "glorot_uniform",
+}
+_BYTES_A_PARAMETER = 4 * 4  # float32: weight, gradient, and two moments of the optimizer
+
+
+def build_mlp(config: ModelConfig, data: Data) -> keras.Model:
+    """Builds the network for the images and classes of a data set.
+
+    Returns:
+        A model from raw pixels `[batch, height, width]`, of the data's dtype, to probabilities
+        `[batch, num_classes]`, float32.
+
+    Raises:
+        ValueError: It would not fit into the memory that is free.
+    """
+    images, num_classes = data.train.images, len(data.class_names)
+    height, width = images.shape[1:]
+    check_memory(config, num_inputs=height * width, num_classes=num_classes)
+    layers: list[keras.Layer] = [
+        keras.layers.Rescaling(1.0 / data.pixel_max),
+        keras.layers.Flatten(),
+    ]
+    for _ in range(config.hidden_layers):
+        layers += _hidden_layer(config)
+    layers.append(_dense(config, num_classes, "glorot_uniform", activation="softmax"))
+    return keras.Sequential(
+        [keras.Input((height, width), dtype=images.dtype.name), *layers], name="mlp"
+    )
+
+
+def _hidden_layer(config: ModelConfig) -> list[keras.Layer]:
+    initializer = config.initializer
+    if initializer == "auto":
+        initializer = _INITIALIZERS[config.activation]
+    layers: list[keras.Layer] = [
+        _dense(config, config.hidden_units, initializer, use_bias=not config.batch_normalization)
+    ]
+    if config.batch_normalization:
+        layers.append(keras.layers.BatchNormalization())
+    layers.append(keras.layers.Activation(config.activation))
+    if config.dropout_rate:
+        layers.append(keras.layers.Dropout(config.dropout_rate))
+    return layers
+
+
+def _dense(config: ModelConfig, units: int, initializer: str, **settings: object) -> keras.Layer:
+    return keras.layers.Dense(
+        units,
+        kernel_initializer=initializer,
+        kernel_regularizer=keras.regularizers.L2(config.l2) if config.l2 else None,
+        kernel_constraint=keras.constraints.MaxNorm(config.max_norm) if config.max_norm else None,
+        **settings,
+    )
+
+
+def build_optimizer(
+    config: OptimizerConfig, *, steps_per_epoch: int, epochs: int
+) -> keras.Optimizer:
+    """Builds the optimizer; a schedule ends with the last step of the last epoch."""
+    rate: float | keras.optimizers.schedules.LearningRateSchedule = config.learning_rate
+    if config.schedule == "cosine":
+        warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+        rate = keras.optimizers.schedules.CosineDecay(
+            initial_learning_rate=0.0 if warmup_steps else config.learning_rate,
+            decay_steps=steps_per_epoch * epochs - warmup_steps,
+            warmup_target=config.learning_rate if warmup_steps else None,
+            warmup_steps=warmup_steps,
+        )
+    decay = config.weight_decay or None
+    match config:
+        case RMSpropConfig():
+            return keras.optimizers.RMSprop(
+                rate, rho=config.rho, momentum=config.momentum, weight_decay=decay
+            )
+        case AdamConfig():
+            return keras.optimizers.Adam(
+                rate, beta_1=config.beta_1, beta_2=config.beta_2, weight_decay=decay
+            )
+        case SGDConfig():
+            return keras.optimizers.SGD(
+                rate, momentum=config.momentum, nesterov=config.nesterov, weight_decay=decay
+            )
+    raise TypeError(f"no optimizer for {type(config).__name__}")
+
+
+def count_parameters(config: ModelConfig, *, num_inputs: int, num_classes: int) -> int:
+    """Parameters of the network, running moments of batch normalization included."""
+    per_unit = 4 if config.batch_normalization else 1  # gamma, beta, two moments; or a bias
+    units, layers = config.hidden_units, config.hidden_layers
+    if not layers:
+        return (num_inputs + 1) * num_classes
+    first = (num_inputs + per_unit) * units
+    others = (layers - 1) * (units + per_unit) * units
+    return first + others + (units + 1) * num_classes
+
+
+def check_memory(config: ModelConfig, *, num_inputs: int, num_classes: int) -> None:
+    """Refuses a network that cannot be trained in the memory that is free.
+
+    Raises:
+        ValueError: It needs more than is free.
+    """
+    count = count_parameters(config, num_inputs=num_inputs, num_classes=num_classes)
+    needed, free = count * _BYTES_A_PARAMETER, psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"model.hidden_units={config.hidden_units} with model.hidden_layers="
+            f"{config.hidden_layers} makes {count:,} parameters, which take "
+            f"{needed / 2**30:,.1f} GiB to train; {free / 2**30:,.1f} GiB are free."
+        )

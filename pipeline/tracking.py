@@ -1,0 +1,325 @@
+"""Runs in MLflow: where they are kept, what is recorded, how they end."""
+
+import json
+import logging
+import platform
+import sqlite3
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import keras
+import mlflow
+import mlflow.tensorflow
+import numpy as np
+from filelock import FileLock
+from matplotlib.figure import Figure
+from mlflow.data.schema import TensorDatasetSchema
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    Param,
+    RunStatus,
+    RunTag,
+    ViewType,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.types import Schema, TensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+from pipeline.config import RunConfig, TrackingConfig, without_password
+from pipeline.data import Array, Data, Split
+from pipeline.train import DivergedError, StopRun
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("tensorflow", "keras", "numpy", "mlflow")
+ROOT = Path(__file__).resolve().parents[1]
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """An open tracking store.
+
+    Attributes:
+        uri: Of MLflow's tracking store; a local file as an absolute path.
+        experiment_id: Of the configured experiment.
+    """
+
+    uri: str
+    experiment_id: str
+
+
+def open_store(config: TrackingConfig) -> Store:
+    """Opens the tracking store and its experiment, creating what is missing.
+
+    Any number of processes may do so at once.
+    """
+    directory = Path(config.directory).absolute()
+    uri = config.uri or f"sqlite:///{directory / 'mlflow.db'}"
+    if config.uri is None:
+        _create_database(directory / "mlflow.db")
+    mlflow.set_tracking_uri(uri)
+    on_server = uri.startswith(("http://", "https://"))
+    artifacts = None if on_server else (directory / "artifacts").as_uri()
+    return Store(uri=uri, experiment_id=_experiment(config.experiment, artifacts))
+
+
+def _create_database(path: Path) -> None:
+    """Creates MLflow's SQLite database all at once: elsewhere, then renamed.
+
+    MLflow's own first use is neither safe against other processes nor against a kill half-way.
+    WAL is a lasting property of the file; readers then never block the writer.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        FileLock(path.with_name(".create.lock")),
+        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+    ):
+        if path.exists():
+            return
+        log.info("creating %s", path)
+        new = Path(folder) / path.name
+        artifacts = (path.parent / "artifacts").as_uri()
+        store = SqlAlchemyStore(f"sqlite:///{new}", artifacts)  # type: ignore[no-untyped-call]
+        store.engine.dispose()
+        database = sqlite3.connect(new)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.close()
+        new.replace(path)
+
+
+def _experiment(name: str, artifact_location: str | None) -> str:
+    found = mlflow.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return mlflow.create_experiment(name, artifact_location)
+        except MlflowException:  # another process was faster
+            found = mlflow.get_experiment_by_name(name)
+    if found is None or found.lifecycle_stage != "active":
+        raise ValueError(
+            f"tracking.experiment={name} was deleted: restore it in MLflow or choose another name."
+        )
+    return found.experiment_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is being recorded."""
+
+    run_id: str
+    name: str
+    store: Store
+
+    @property
+    def ui(self) -> str:
+        """The line that opens the UI on this run; on a server, its address."""
+        page = f"#/experiments/{self.store.experiment_id}/runs/{self.run_id}"
+        if self.store.uri.startswith(("http://", "https://")):
+            return f"{without_password(self.store.uri).rstrip('/')}/{page}"
+        uri = without_password(self.store.uri).replace(f"{Path.cwd()}/", "")
+        return f"mlflow ui --backend-store-uri {uri}  # then http://127.0.0.1:5000/{page}"
+
+    def describe(self, text: str) -> None:
+        """Sets the Markdown text that the UI shows on top of the run."""
+        self.set_tags({"mlflow.note.content": text})
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Records metrics at an epoch, in one synchronous call."""
+        now = int(time.time() * 1000)
+        batch = [Metric(name, value, now, step) for name, value in metrics.items()]
+        mlflow.MlflowClient().log_batch(self.run_id, metrics=batch, synchronous=True)
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        batch = [RunTag(name, without_password(str(value))) for name, value in tags.items()]
+        mlflow.MlflowClient().log_batch(self.run_id, tags=batch, synchronous=True)
+
+    def log_figure(self, figure: Figure, name: str) -> None:
+        """Saves a figure as `figures/<name>.png`, which the UI shows."""
+        mlflow.log_figure(figure, f"figures/{name}.png", save_kwargs={"dpi": 110})
+
+    def log_model(self, model: keras.Model, data: Data) -> None:
+        """Saves the model in MLflow's own flavour, with signature, example and requirements."""
+        example = data.train.images[:5]
+        outputs = (-1, len(data.class_names))
+        mlflow.tensorflow.log_model(
+            model,
+            name="model",
+            signature=ModelSignature(
+                inputs=_tensor(example),
+                outputs=Schema([TensorSpec(np.dtype("float32"), outputs)]),
+            ),
+            input_example=example,
+            pip_requirements=[f"{name}=={version(name)}" for name in LIBRARIES],
+        )
+
+    def count_test_look(self, data: Data) -> int:
+        """Records that this run looks at the test split.
+
+        Returns:
+            Looks of all recorded runs so far, this one included.
+        """
+        digest = data.splits["test"].digest
+        self.set_tags({"test_split": digest})
+        experiments = mlflow.search_experiments(view_type=ViewType.ALL)
+        return len(
+            mlflow.search_runs(
+                [experiment.experiment_id for experiment in experiments],
+                f"tags.test_split = '{digest}'",
+                run_view_type=ViewType.ALL,
+                output_format="list",
+            )
+        )
+
+
+@contextmanager
+def start_run(
+    config: RunConfig, data: Data, command: str, *, parent_run_id: str | None = None
+) -> Iterator[Run]:
+    """Records a run: FINISHED, KILLED when stopped or interrupted, else FAILED.
+
+    Args:
+        config: Logged as parameters by their dotted names, and whole as `config.yaml`.
+        data: Logged as the run's inputs.
+        command: Command line that repeats the run.
+        parent_run_id: Run under which this one is nested.
+    """
+    store = open_store(config.tracking)
+    active = mlflow.start_run(
+        experiment_id=store.experiment_id,
+        run_name=config.tracking.run_name or run_name(config),
+        tags={"command": without_password(command), **_environment(config, data)},
+        parent_run_id=parent_run_id,
+        log_system_metrics=config.tracking.system_metrics,
+    )
+    run = Run(run_id=active.info.run_id, name=active.info.run_name, store=store)
+    status = RunStatus.FAILED
+    try:
+        _log_inputs(run, config, data)
+        yield run
+        status = RunStatus.FINISHED
+    except (KeyboardInterrupt, StopRun):
+        status = RunStatus.KILLED
+        raise
+    except Exception as error:
+        _record_failure(run, error)
+        raise
+    finally:
+        _end(run, status)
+
+
+def _log_inputs(run: Run, config: RunConfig, data: Data) -> None:
+    settings = asdict(config)
+    parameters = {name: value for name, value in _flat(settings) if "tracking." not in name}
+    mlflow.MlflowClient().log_batch(
+        run.run_id, params=[Param(name, value) for name, value in parameters.items()]
+    )
+    settings["tracking"]["uri"] = without_password(config.tracking.uri or "") or None
+    mlflow.log_dict(settings, "config.yaml")
+    datasets = [
+        DatasetInput(
+            _dataset(config.data.name, split, data.source),
+            [InputTag(MLFLOW_DATASET_CONTEXT, context)],
+        )
+        for context, split in data.splits.items()
+    ]
+    mlflow.MlflowClient().log_inputs(run.run_id, datasets)
+
+
+def _dataset(name: str, split: Split, source: str) -> Dataset:
+    schema = TensorDatasetSchema(features=_tensor(split.images), targets=_tensor(split.labels))
+    return Dataset(
+        name=name,
+        digest=split.digest[:32],
+        source_type="http" if "://" in source else "local",
+        source=json.dumps({"url" if "://" in source else "uri": source}),
+        schema=json.dumps(schema.to_dict()),
+        profile=json.dumps({"num_rows": len(split), "features_shape": split.images.shape}),
+    )
+
+
+def _tensor(array: Array) -> Schema:
+    return Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))])
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Values by dotted name, spelt as in YAML; lists are left to `config.yaml`."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is None or isinstance(value, bool):
+            yield f"{prefix}{name}", {None: "null", True: "true", False: "false"}[value]
+        elif not isinstance(value, list):
+            yield f"{prefix}{name}", str(value)
+
+
+def _environment(config: RunConfig, data: Data) -> dict[str, str]:
+    """Tags of all that the figures depend on, beyond the parameters."""
+    return {
+        "data.sha256": data.digest,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "seed": str(config.seed),
+        "threads": str(config.training.threads),
+        "version.python": platform.python_version(),
+        **{f"version.{name}": version(name) for name in LIBRARIES},
+        **_git(),
+    }
+
+
+def _git() -> dict[str, str]:
+    """Commit of this code and whether files differ from it; nothing outside a checkout."""
+    try:
+        commit, status = (
+            subprocess.run(
+                ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"git.commit": commit, "git.dirty": str(bool(status)).lower()}
+
+
+def run_name(config: RunConfig) -> str:
+    """A name that tells runs apart: data, widths, dropout, optimizer, rate, seed."""
+    model = config.model
+    widths = "-".join([str(model.hidden_units)] * model.hidden_layers) or "linear"
+    if model.hidden_layers > 3:
+        widths = f"{model.hidden_units}x{model.hidden_layers}"
+    return (
+        f"{config.data.name} {widths} dropout={model.dropout_rate:g} {config.optimizer.name} "
+        f"lr={config.optimizer.learning_rate:g} seed={config.seed}"
+    )
+
+
+def _record_failure(run: Run, error: Exception) -> None:
+    tags: dict[str, object] = {"error": f"{type(error).__name__}: {error}"[:500]}
+    if isinstance(error, DivergedError):
+        tags |= {"diverged": "true", "diverged.epoch": error.epoch}
+    with suppress(Exception):  # what failed may be the store; the error itself is on its way up
+        run.set_tags(tags)
+        mlflow.log_text(without_password(traceback.format_exc()), "traceback.txt")
+
+
+def _end(run: Run, status: int) -> None:
+    """Ends the run, also where the disk is full: what the run left half-written makes room."""
+    try:
+        mlflow.end_run(RunStatus.to_string(status))
+    except Exception:
+        log.exception("run %s could not be ended", run.run_id)
