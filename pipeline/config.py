@@ -84,15 +84,16 @@ class DataConfig:
             self.sha256,
         )
         check(
-            math.isfinite(self.pixel_max) and self.pixel_max > 0,
+            0 < self.pixel_max <= 2**32,
             "data.pixel_max",
-            "positive",
+            "positive and at most 2**32",
             self.pixel_max,
         )
         if self.train_size is not None:
             check_at_least("data.train_size", self.train_size, 1)
         check(
-            0 <= self.validation_size < 1 or float(self.validation_size).is_integer(),
+            self.validation_size >= 0
+            and (self.validation_size < 1 or float(self.validation_size).is_integer()),
             "data.validation_size",
             "a fraction in [0, 1) or a whole number of images",
             self.validation_size,

@@ -4,10 +4,14 @@ import gzip
 import hashlib
 import logging
 import os
+import queue
 import struct
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +24,7 @@ import requests
 from sklearn.datasets import load_digits as sklearn_digits
 from sklearn.model_selection import train_test_split
 
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, without_password
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +42,8 @@ IDX_NAMES = (
 # Type codes of the IDX format (LeCun, Cortes and Burges, "The MNIST database").
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
-TIMEOUT = (4.0, 10.0)  # seconds: to connect, and between two pieces of a download
+PATIENCE = 10.0  # seconds without a piece of a download before it is given up
+MAX_CLASSES = 100_000  # more labels than that are no classes
 DIGITS_TEST_SIZE = 360  # a fifth of the 1,797
 
 
@@ -208,7 +213,7 @@ def load_arrays(config: DataConfig) -> Arrays:
         if path.exists():
             try:
                 return _read_verified(path, config)
-            except DataError as error:
+            except (OSError, ValueError) as error:
                 log.warning("passed over: %s", error)
     return _download(config, own)
 
@@ -233,11 +238,12 @@ def _download(config: DataConfig, target: Path) -> Arrays:
     """Fetches the data set from the first source that has it, and caches it."""
     reasons = []
     for urls in config.sources:
+        shown = without_password(urls[0])
         with tempfile.TemporaryDirectory() as folder:
             try:
                 arrays = _fetch(urls, Path(folder), config)
             except (OSError, ValueError) as error:
-                reasons.append(f"{urlsplit(urls[0]).netloc}: {_reason(error)}")
+                reasons.append(f"{urlsplit(shown).netloc}: {_reason(error)}")
                 continue
         _save(arrays, target)
         return arrays
@@ -250,11 +256,42 @@ def _download(config: DataConfig, target: Path) -> Arrays:
 
 def _fetch(urls: list[str], folder: Path, config: DataConfig) -> Arrays:
     for url in urls:
-        log.info("downloading %s", url)
-        fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
-        fetch(url, str(folder / Path(urlsplit(url).path).name), None)
+        log.info("downloading %s", without_password(url))
+        _fetch_file(url, folder / Path(urlsplit(url).path).name)
     files = list(folder.iterdir())
-    return replace(_read_verified(files[0] if len(files) == 1 else folder, config), source=urls[0])
+    arrays = _read_verified(files[0] if len(files) == 1 else folder, config)
+    return replace(arrays, source=without_password(urls[0]))
+
+
+def _fetch_file(url: str, target: Path) -> None:
+    """Downloads a file, and gives up when nothing comes for `PATIENCE` seconds.
+
+    A thread of its own, for a name server, an address and a server can each hang, one after
+    another, and the time-out of a connection is for one of them alone.
+    """
+    fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=PATIENCE)
+    outcome: queue.Queue[Exception | None] = queue.Queue()
+
+    def work() -> None:
+        try:
+            fetch(url, str(target), None)
+            outcome.put(None)
+        except Exception as error:
+            outcome.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    size = -1
+    while True:
+        try:
+            error = outcome.get(timeout=PATIENCE)
+        except queue.Empty:
+            before, size = size, target.stat().st_size if target.exists() else 0
+            if size == max(before, 0):
+                raise TimeoutError(f"nothing came for {PATIENCE:g} s") from None
+            continue
+        if error is not None:
+            raise error
+        return
 
 
 def _reason(error: Exception) -> str:
@@ -289,15 +326,16 @@ def _read_verified(path: Path, config: DataConfig) -> Arrays:
     """Reads a file or folder; its content must have the digests of `config.sha256`."""
     expected = config.sha256 or ()
     try:
-        raw = _read_idx(path) if path.is_dir() else _read_npz(path)
+        arrays = _check(_read_idx(path) if path.is_dir() else _read_npz(path), str(path), config)
     except FileNotFoundError as error:
         raise ValueError(f"data.path: no file {error.filename}.") from error
     except PermissionError:
         raise
+    except DataError as error:
+        raise DataError(f"{error}{_difference(path, expected)}") from error
     except Exception as error:  # whatever a damaged archive makes its parser raise
-        digests = f" Expected SHA-256 {expected[0]}, got {_file_sha256(path)}." if expected else ""
-        raise DataError(f"{path} cannot be read: {error}.{digests}") from error
-    arrays = _check(raw, str(path), config)
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{path} cannot be read: {reason}.{_difference(path, expected)}") from error
     for name, want, got in zip(NPZ_NAMES, expected, arrays.digests, strict=False):
         if want != got:
             raise DataError(
@@ -306,12 +344,41 @@ def _read_verified(path: Path, config: DataConfig) -> Arrays:
     return arrays
 
 
+def _difference(path: Path, expected: Sequence[str]) -> str:
+    """The first file that is not, byte for byte, what was expected: the end of a message."""
+    files = [_find_idx(path, name) for name in IDX_NAMES] if path.is_dir() else [path]
+    for file, want in zip(files, expected, strict=False):
+        got = hashlib.sha256(_content(file)).hexdigest()
+        if got != want:
+            return f" {file.name}: expected SHA-256 {want}, got {got}."
+    return ""
+
+
+def _content(path: Path) -> bytes:
+    """What the file holds, uncompressed if it can be."""
+    content = path.read_bytes()
+    with suppress(OSError, EOFError, zlib.error):  # OSError: not gzip
+        return gzip.decompress(content)
+    return content
+
+
 def _read_npz(path: Path) -> tuple[Array, ...]:
-    with np.load(path, allow_pickle=False) as file:
+    # Not `np.load`, which leaves the file open when the archive is damaged.
+    with path.open("rb") as stream, np.lib.npyio.NpzFile(stream) as file:
         missing = [name for name in NPZ_NAMES if name not in file]
         if missing:
             raise ValueError(f"it must hold {', '.join(NPZ_NAMES)}; missing: {', '.join(missing)}")
-        return tuple(file[name] for name in NPZ_NAMES)
+        return tuple(_read_member(file, name) for name in NPZ_NAMES)
+
+
+def _read_member(file: np.lib.npyio.NpzFile, name: str) -> Array:
+    try:
+        array = file[name]
+    except Exception as error:  # as above
+        raise ValueError(f"{name}: {error}") from error
+    if not isinstance(array, np.ndarray):  # NumPy gives the bytes of what is no array
+        raise ValueError(f"{name} is not an array")
+    return array
 
 
 def _read_idx(folder: Path) -> tuple[Array, ...]:
@@ -356,7 +423,7 @@ def _check(raw: tuple[Array, ...], source: str, config: DataConfig) -> Arrays:
             f"got {test_images.shape[1:]}."
         )
     pixel = np.uint8 if all(_fits_uint8(x) for x in (images, test_images)) else np.float32
-    label = np.uint8 if labels.max() < 256 else np.int32
+    label = np.uint8 if max(labels.max(), test_labels.max()) < 256 else np.int32
     return Arrays(
         images=images.astype(pixel, copy=False),
         labels=labels.astype(label, copy=False),
@@ -384,7 +451,7 @@ def _check_labels(name: str, labels: Array, num_images: int, num_classes: int | 
     if len(labels) != num_images:
         raise DataError(f"{name} must have a label an image: {num_images}, got {len(labels)}.")
     low, high = int(labels.min()), int(labels.max())
-    last = num_classes - 1 if num_classes else np.iinfo(np.int32).max
+    last = num_classes - 1 if num_classes else MAX_CLASSES - 1
     if low < 0 or high > last:
         raise DataError(f"{name} must lie in [0, {last}], the classes, got [{low}, {high}].")
 
@@ -409,10 +476,3 @@ def idx_sha256(array: Array) -> str:
 
 def _sha256(*parts: str) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    if not path.is_file():
-        return "none"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 LIBRARIES = ("tensorflow", "keras", "numpy", "mlflow")
 ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
@@ -108,7 +109,7 @@ def _experiment(name: str, artifact_location: str | None) -> str:
     found = mlflow.get_experiment_by_name(name)
     if found is None:
         try:
-            return mlflow.create_experiment(name, artifact_location)
+            return mlflow.create_experiment(name, artifact_location, EXPERIMENT_TAGS)
         except MlflowException:  # another process was faster
             found = mlflow.get_experiment_by_name(name)
     if found is None or found.lifecycle_stage != "active":
@@ -129,7 +130,10 @@ class Run:
     @property
     def ui(self) -> str:
         """The line that opens the UI on this run; on a server, its address."""
-        page = f"#/experiments/{self.store.experiment_id}/runs/{self.run_id}"
+        page = (
+            f"#/experiments/{self.store.experiment_id}/runs/{self.run_id}"
+            "?workflowType=machine_learning"  # or the UI opens on its pages for language models
+        )
         if self.store.uri.startswith(("http://", "https://")):
             return f"{without_password(self.store.uri).rstrip('/')}/{page}"
         uri = without_password(self.store.uri).replace(f"{Path.cwd()}/", "")
@@ -157,13 +161,13 @@ class Run:
         """Saves the model in MLflow's own flavour, with signature, example and requirements."""
         example = data.train.images[:5]
         outputs = (-1, len(data.class_names))
+        signature = ModelSignature(
+            inputs=_tensor(example), outputs=Schema([TensorSpec(np.dtype("float32"), outputs)])
+        )
         mlflow.tensorflow.log_model(
             model,
             name="model",
-            signature=ModelSignature(
-                inputs=_tensor(example),
-                outputs=Schema([TensorSpec(np.dtype("float32"), outputs)]),
-            ),
+            signature=signature,
             input_example=example,
             pip_requirements=[f"{name}=={version(name)}" for name in LIBRARIES],
         )
@@ -245,7 +249,7 @@ def _dataset(name: str, split: Split, source: str) -> Dataset:
     schema = TensorDatasetSchema(features=_tensor(split.images), targets=_tensor(split.labels))
     return Dataset(
         name=name,
-        digest=split.digest[:32],
+        digest=split.digest[:16],
         source_type="http" if "://" in source else "local",
         source=json.dumps({"url" if "://" in source else "uri": source}),
         schema=json.dumps(schema.to_dict()),
@@ -297,13 +301,13 @@ def _git() -> dict[str, str]:
 
 
 def run_name(config: RunConfig) -> str:
-    """A name that tells runs apart: data, widths, dropout, optimizer, rate, seed."""
+    """A name that tells runs apart: widths, dropout, optimizer, rate, seed."""
     model = config.model
     widths = "-".join([str(model.hidden_units)] * model.hidden_layers) or "linear"
     if model.hidden_layers > 3:
         widths = f"{model.hidden_units}x{model.hidden_layers}"
     return (
-        f"{config.data.name} {widths} dropout={model.dropout_rate:g} {config.optimizer.name} "
+        f"{widths} dropout={model.dropout_rate:g} {config.optimizer.name} "
         f"lr={config.optimizer.learning_rate:g} seed={config.seed}"
     )
 
