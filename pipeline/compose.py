@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -19,12 +20,12 @@ from typing import cast
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from pipeline.config import OPTIMIZERS, RunConfig, check_choice
+from pipeline.config import OPTIMIZERS, RunConfig, check_choice, without_password
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +46,17 @@ def to_config(cfg: DictConfig) -> RunConfig:
     Raises:
         ValueError: A key is unknown or missing, or its value has the wrong type or range.
     """
-    check_choice("optimizer.name", cfg.optimizer.name, tuple(OPTIMIZERS))
-    schema = OmegaConf.structured(RunConfig)
-    # Nodes made from frozen dataclasses are read-only, and merging writes.
-    OmegaConf.set_readonly(schema, False)
-    for name, field in RunConfig.__dataclass_fields__.items():
-        if isinstance(cfg[name], DictConfig):
-            schema[name] = OPTIMIZERS[cfg.optimizer.name] if name == "optimizer" else field.type
-            OmegaConf.set_readonly(schema[name], False)
     try:
+        check_choice("optimizer.name", cfg.optimizer.name, tuple(OPTIMIZERS))
+        schema = OmegaConf.structured(RunConfig)
+        # Nodes made from frozen dataclasses are read-only, and merging writes.
+        OmegaConf.set_readonly(schema, False)
+        for name, field in RunConfig.__dataclass_fields__.items():
+            if is_dataclass(field.type):
+                schema[name] = OPTIMIZERS[cfg.optimizer.name] if name == "optimizer" else field.type
+                OmegaConf.set_readonly(schema[name], False)
         return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(schema, cfg)))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         raise ValueError(explain(error)) from error
 
 
@@ -75,12 +76,25 @@ def run_cli(config_name: str, task: Callable[[RunConfig, str], None]) -> None:
     OmegaConf.register_new_resolver("scratch_dir", _scratch_dir, use_cache=True, replace=True)
     signal.signal(signal.SIGTERM, _raise_terminated)
 
+    logging.getLogger("hydra").setLevel(logging.WARNING)  # it logs overrides with their passwords
+    failed: list[Reported] = []
+
     def job(cfg: DictConfig) -> None:
-        with _errors_in_one_line(config_name, tracebacks):
-            task(to_config(cfg), shlex.join(HydraConfig.get().overrides.task))
+        # As given: read one by one, their interpolations (${oc.env:SECRET}) would be resolved.
+        given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        overrides = shlex.join(cast(list[str], given))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            log.info("job %d: %s", HydraConfig.get().job.num, without_password(overrides))
+        try:
+            with _errors_in_one_line(config_name, tracebacks):
+                task(to_config(cfg), overrides)
+        except Reported as error:
+            failed.append(error)  # raised, Hydra would add lines of its own
 
     with _errors_in_one_line(config_name, tracebacks):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    if failed:
+        sys.exit(1)
 
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> None:
@@ -102,19 +116,21 @@ def _errors_in_one_line(config_name: str, tracebacks: bool) -> Iterator[None]:
         sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except Reported:
-        sys.exit(1)
     except Exception as error:
         if tracebacks:
             raise
-        print(f"Error: {explain(error, config_name)}", file=sys.stderr)
+        print(f"Error: {without_password(explain(error, config_name))}", file=sys.stderr)
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise Reported from error  # Hydra goes on with the other jobs
+            raise Reported from error  # the other jobs go on
         sys.exit(1)
 
 
 def explain(error: BaseException, config_name: str = "run") -> str:
     """One line that tells a user what was wrong, with the nearest valid name where one is near."""
+    return " ".join(line.strip() for line in _explain(error, config_name).splitlines())
+
+
+def _explain(error: BaseException, config_name: str) -> str:
     text = str(error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value: set {error.full_key}=..."
@@ -125,11 +141,17 @@ def explain(error: BaseException, config_name: str = "run") -> str:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         options = ", ".join(error.options)
         return f"{group}={option}: no such option among {options}{_nearest(option, error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not in Hydra's grammar, quote what is special in it. {text}"
     if isinstance(error, HydraException):
         key = re.search(r"Could not (?:override|append to config) '\+*([^'=@]+)", text)
         if key and "already at" not in text:
-            return f"{key[1]}: no such key{_nearest(key[1], _known_names(config_name))}"
-        return " ".join(text.split())
+            names = _known_names(config_name)
+            if key[1] not in names:
+                return f"{key[1]}: no such key{_nearest(key[1], names)}"
+            if "." in key[1]:
+                return f"{key[1]}: no such key with the options chosen, only with others."
+        return text
     if isinstance(error, ValueError):
         return text
     return f"{type(error).__name__}: {' '.join(text.split())}"

@@ -30,7 +30,7 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_at_least(key: str, value: float, low: float) -> None:
-    check(math.isfinite(value) and value >= low, key, f"at least {low}", value)
+    check(low <= value < math.inf, key, f"at least {low}", value)
 
 
 def check_name(key: str, value: str) -> None:
@@ -41,7 +41,7 @@ def check_name(key: str, value: str) -> None:
 
 def without_password(text: str) -> str:
     """Hides the password of every address in a text: `postgresql://me:***@host/db`."""
-    return re.sub(r"(://[^:/@\s]*):\S+@", r"\1:***@", text)
+    return re.sub(r"(://[^:/\s]*):\S+@", r"\1:***@", text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +93,12 @@ class DataConfig:
             check_at_least("data.train_size", self.train_size, 1)
         check(
             self.validation_size >= 0
-            and (self.validation_size < 1 or float(self.validation_size).is_integer()),
+            and (self.validation_size < 1 or self.validation_size % 1 == 0),
             "data.validation_size",
             "a fraction in [0, 1) or a whole number of images",
             self.validation_size,
         )
-        check_at_least("data.split_seed", self.split_seed, 0)
+        check(0 <= self.split_seed < 2**32, "data.split_seed", "in [0, 2**32)", self.split_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +250,7 @@ class TrainingConfig:
         if self.early_stopping_patience is not None:
             check_at_least("training.early_stopping_patience", self.early_stopping_patience, 1)
         check_choice("training.compile", self.compile, COMPILE)
-        check_at_least("training.threads", self.threads, 1)
+        check(1 <= self.threads <= 1024, "training.threads", "in [1, 1024]", self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)

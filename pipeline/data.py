@@ -4,13 +4,13 @@ import gzip
 import hashlib
 import logging
 import os
-import queue
 import struct
 import sys
 import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -270,28 +270,23 @@ def _fetch_file(url: str, target: Path) -> None:
     another, and the time-out of a connection is for one of them alone.
     """
     fetch = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=PATIENCE)
-    outcome: queue.Queue[Exception | None] = queue.Queue()
+    failure: Future[str | None] = Future()
 
     def work() -> None:
         try:
             fetch(url, str(target), None)
-            outcome.put(None)
+            failure.set_result(None)
         except Exception as error:
-            outcome.put(error)
+            failure.set_result(_reason(error))
 
     threading.Thread(target=work, daemon=True).start()
-    size = -1
-    while True:
-        try:
-            error = outcome.get(timeout=PATIENCE)
-        except queue.Empty:
-            before, size = size, target.stat().st_size if target.exists() else 0
-            if size == max(before, 0):
-                raise TimeoutError(f"nothing came for {PATIENCE:g} s") from None
-            continue
-        if error is not None:
-            raise error
-        return
+    size = 0
+    while not wait([failure], timeout=PATIENCE).done:
+        before, size = size, target.stat().st_size if target.exists() else 0
+        if size == before:
+            raise TimeoutError(f"nothing came for {PATIENCE:g} s")
+    if reason := failure.result():
+        raise OSError(reason)
 
 
 def _reason(error: Exception) -> str:

@@ -46,9 +46,12 @@ log = logging.getLogger(__name__)
 
 LIBRARIES = ("tensorflow", "keras", "numpy", "mlflow")
 ROOT = Path(__file__).resolve().parents[1]
+RESERVE_BYTES = 256 * 1024  # many times what the end of a run writes to the database
+
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +61,12 @@ class Store:
     Attributes:
         uri: Of MLflow's tracking store; a local file as an absolute path.
         experiment_id: Of the configured experiment.
+        reserve: File of a local store that gives its room to a run that ends on a full disk.
     """
 
     uri: str
     experiment_id: str
+    reserve: Path | None
 
 
 def open_store(config: TrackingConfig) -> Store:
@@ -71,12 +76,22 @@ def open_store(config: TrackingConfig) -> Store:
     """
     directory = Path(config.directory).absolute()
     uri = config.uri or f"sqlite:///{directory / 'mlflow.db'}"
+    reserve = None
     if config.uri is None:
         _create_database(directory / "mlflow.db")
+        reserve = directory / ".reserve"
+        with suppress(OSError):  # the disk is full already
+            _fill(reserve)
     mlflow.set_tracking_uri(uri)
     on_server = uri.startswith(("http://", "https://"))
     artifacts = None if on_server else (directory / "artifacts").as_uri()
-    return Store(uri=uri, experiment_id=_experiment(config.experiment, artifacts))
+    experiment_id = _experiment(config.experiment, artifacts)
+    return Store(uri=uri, experiment_id=experiment_id, reserve=reserve)
+
+
+def _fill(reserve: Path) -> None:
+    if not reserve.exists() or reserve.stat().st_size < RESERVE_BYTES:
+        reserve.write_bytes(bytes(RESERVE_BYTES))
 
 
 def _create_database(path: Path) -> None:
@@ -212,7 +227,7 @@ def start_run(
         log_system_metrics=config.tracking.system_metrics,
     )
     run = Run(run_id=active.info.run_id, name=active.info.run_name, store=store)
-    status = RunStatus.FAILED
+    status, failure = RunStatus.FAILED, None
     try:
         _log_inputs(run, config, data)
         yield run
@@ -221,10 +236,10 @@ def start_run(
         status = RunStatus.KILLED
         raise
     except Exception as error:
-        _record_failure(run, error)
+        failure = error
         raise
     finally:
-        _end(run, status)
+        _end(run, status, failure)
 
 
 def _log_inputs(run: Run, config: RunConfig, data: Data) -> None:
@@ -312,18 +327,29 @@ def run_name(config: RunConfig) -> str:
     )
 
 
-def _record_failure(run: Run, error: Exception) -> None:
-    tags: dict[str, object] = {"error": f"{type(error).__name__}: {error}"[:500]}
-    if isinstance(error, DivergedError):
-        tags |= {"diverged": "true", "diverged.epoch": error.epoch}
-    with suppress(Exception):  # what failed may be the store; the error itself is on its way up
-        run.set_tags(tags)
-        mlflow.log_text(without_password(traceback.format_exc()), "traceback.txt")
-
-
-def _end(run: Run, status: int) -> None:
-    """Ends the run, also where the disk is full: what the run left half-written makes room."""
+def _end(run: Run, status: int, failure: Exception | None) -> None:
+    """Ends the run with its reason, on a full disk in the room of the reserve."""
     try:
-        mlflow.end_run(RunStatus.to_string(status))
+        _record_end(run, status, failure)
     except Exception:
-        log.exception("run %s could not be ended", run.run_id)
+        try:
+            if run.store.reserve:
+                run.store.reserve.unlink(missing_ok=True)
+            _record_end(run, status, failure)
+        except Exception as error:
+            log.error("run %s is left without an end: %s", run.run_id, without_password(str(error)))
+
+
+def _record_end(run: Run, status: int, failure: Exception | None) -> None:
+    if failure is not None:
+        tags: dict[str, object] = {"error": f"{type(failure).__name__}: {failure}"[:500]}
+        if isinstance(failure, DivergedError):
+            tags |= {"diverged": "true", "diverged.epoch": failure.epoch}
+        run.set_tags(tags)
+    mlflow.end_run(RunStatus.to_string(status))
+    if failure is not None and not isinstance(failure, DivergedError):
+        with suppress(OSError):  # the disk is full
+            lines = traceback.format_exception(failure)
+            mlflow.MlflowClient().log_text(
+                run.run_id, without_password("".join(lines)), "traceback.txt"
+            )

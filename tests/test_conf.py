@@ -1,0 +1,171 @@
+"""The files under `conf/`: all compose, explain themselves, and hold what they promise."""
+
+import re
+import shlex
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+
+import hydra
+import pytest
+
+from pipeline.compose import CONF, to_config
+from pipeline.config import OPTIMIZERS, RunConfig
+
+GROUPS = sorted(
+    {field.name for field in fields(RunConfig)} & {path.name for path in CONF.iterdir()}
+)
+OPTIONS = [path for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
+FILES = [CONF / "run.yaml", *OPTIONS, *EXPERIMENTS]
+# Files that build on no other one: they hold the defaults, so they explain the keys.
+BASES = [path for path in FILES if "\ndefaults:" not in path.read_text(encoding="utf-8")]
+COMMAND = re.compile(r"^# Run: python -m pipeline\.run ?(.*)$", re.MULTILINE)
+COMMANDS = [command for path in FILES for command in COMMAND.findall(path.read_text("utf-8"))]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(CONF).with_suffix(""))
+
+
+def compose(*overrides: str) -> RunConfig:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return to_config(hydra.compose("run", list(overrides)))
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=name_of)
+def test_every_option_composes(path: Path) -> None:
+    group, option = path.parent.name, path.stem
+
+    config = compose("data.path=images.npz", f"{group}={option}")
+
+    assert isinstance(config, RunConfig)
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=name_of)
+def test_an_option_that_carries_a_name_carries_that_of_its_file(path: Path) -> None:
+    names = re.findall(r"^name: (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert set(names) <= {path.stem}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_every_experiment_is_headed_by_its_command(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+
+    header = re.match(r"# @package _global_\n(?:#.*\n)+", text)
+
+    assert header
+    assert f"# Run: python -m pipeline.run +experiment={path.stem}\n" in header[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_in_a_header_composes(command: str) -> None:
+    config = compose(*shlex.split(command))
+
+    assert isinstance(config, RunConfig)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_file_says_what_it_is(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+
+    assert re.match(r"(# @package _global_\n)?# [A-Z\d].*[.:]\n", text)
+
+
+@pytest.mark.parametrize("path", BASES, ids=name_of)
+def test_every_default_is_explained_on_its_line(path: Path) -> None:
+    lines = re.findall(r"^\w+:.*", path.read_text(encoding="utf-8"), re.MULTILINE)
+
+    unexplained = [line for line in lines if not re.search(r" {2}# \S", line)]
+
+    assert unexplained == []
+
+
+@pytest.mark.parametrize("key", ["seed", "evaluate_test"])
+def test_every_default_of_the_root_is_explained_on_its_line(key: str) -> None:
+    text = (CONF / "run.yaml").read_text(encoding="utf-8")
+
+    assert re.search(rf"^{key}: \S+ {{2,}}# \S", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_comment_of_a_key_fits_on_its_line(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize(
+    "section", [RunConfig, *(f.type for f in fields(RunConfig)), *OPTIMIZERS.values()]
+)
+def test_defaults_stand_in_yaml_alone(section: type) -> None:
+    attributes = getattr(section, "__dataclass_fields__", {}).values()
+
+    assert [attribute.name for attribute in attributes if attribute.default is not MISSING] == []
+
+
+def test_the_notebook_is_exactly_the_notebook() -> None:
+    config = compose("+experiment=notebook")
+
+    assert (config.data.name, config.data.loader, config.data.pixel_max) == ("mnist", "arrays", 255)
+    assert config.data.train_size is None
+    assert asdict(config.model) == {
+        "hidden_units": 512,
+        "hidden_layers": 2,
+        "dropout_rate": 0.2,
+        "activation": "relu",
+        "initializer": "glorot_uniform",
+        "batch_normalization": False,
+        "l2": 0.0,
+        "max_norm": None,
+    }
+    assert asdict(config.optimizer) == {
+        "name": "rmsprop",
+        "learning_rate": 0.001,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "warmup_epochs": 0.0,
+        "rho": 0.9,
+        "momentum": 0.0,
+    }
+    assert config.training.epochs == 4
+    assert config.training.batch_size == 128
+    assert config.training.early_stopping_patience is None
+    assert config.evaluate_test
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data=fashion_mnist", "model=wide", "optimizer=adam", "training=quick"],
+        ["data=digits", "optimizer=sgd", "model=wide", "training=default"],
+    ],
+)
+def test_the_notebook_sets_what_it_must_whatever_is_given_before_it(overrides: list[str]) -> None:
+    config = compose(*overrides, "+experiment=notebook")
+
+    assert config.model.initializer == "glorot_uniform"
+    assert config.training.epochs == 4
+
+
+def test_the_command_line_wins_over_an_experiment() -> None:
+    config = compose("+experiment=notebook", "model=wide", "training.epochs=7", "optimizer=adam")
+
+    assert (config.model.hidden_units, config.model.hidden_layers) == (1000, 1)
+    assert config.model.initializer == "glorot_uniform"
+    assert config.training.epochs == 7
+    assert config.optimizer.name == "adam"
+
+
+def test_a_named_file_of_mnist_may_come_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MNIST_NPZ", "/data/mnist.npz")
+
+    assert compose("data=mnist").data.path == "/data/mnist.npz"
+
+
+def test_mnist_is_looked_for_when_no_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MNIST_NPZ", raising=False)
+
+    assert compose("data=mnist").data.path is None
