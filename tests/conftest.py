@@ -1,9 +1,15 @@
 """What several test modules share."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from pipeline.compose import CONF, to_config
+from pipeline.config import RunConfig
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +22,17 @@ def mnist_npz() -> Path:
     if not path:
         pytest.skip(reason)
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def configure() -> Callable[..., RunConfig]:
+    """Composes the real `conf/` with overrides."""
+
+    def configure(*overrides: str) -> RunConfig:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            cfg = compose("run", list(overrides))
+        GlobalHydra.instance().clear()
+        return to_config(cfg)
+
+    return configure

@@ -1,0 +1,71 @@
+"""The store: first use by several processes at once, a full disk, a server."""
+
+import multiprocessing
+import sqlite3
+from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import RunConfig, TrackingConfig
+
+Configure = Callable[..., RunConfig]
+
+PROCESSES = 4
+ROUNDS = 5
+
+
+def open_stores(folders: list[Path], config: TrackingConfig, start: Barrier) -> None:
+    """In a process of its own: opens each store at the same time as the others do."""
+    from dataclasses import replace
+
+    from pipeline.tracking import open_store
+
+    for folder in folders:
+        start.wait(timeout=120)
+        open_store(replace(config, directory=str(folder)))
+
+
+def test_a_store_is_first_used_by_several_processes_at_once(
+    configure: Configure, tmp_path: Path
+) -> None:
+    config = configure("data=digits").tracking
+    folders = [tmp_path / str(number) for number in range(ROUNDS)]
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(PROCESSES)
+    arguments = (folders, config, start)
+
+    processes = [context.Process(target=open_stores, args=arguments) for _ in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+
+    assert [process.exitcode for process in processes] == [0] * PROCESSES
+    for folder in folders:
+        database = sqlite3.connect(folder / "mlflow.db")
+        names = database.execute("SELECT name FROM experiments ORDER BY name").fetchall()
+        (integrity,) = database.execute("PRAGMA integrity_check").fetchone()
+        database.close()
+        assert (names, integrity) == ([("Default",), ("digits",)], "ok")
+        left = {path.name for path in folder.iterdir()} - {"mlflow.db-wal", "mlflow.db-shm"}
+        assert left == {"mlflow.db", ".create.lock", ".reserve"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ([], "512-512 dropout=0.2 rmsprop lr=0.001 seed=0"),
+        (["model=wide", "seed=7"], "1000 dropout=0.2 rmsprop lr=0.001 seed=7"),
+        (["model.hidden_layers=0"], "linear dropout=0.2 rmsprop lr=0.001 seed=0"),
+        (["model.hidden_layers=6", "optimizer=adam"], "512x6 dropout=0.2 adam lr=0.001 seed=0"),
+        (["optimizer.learning_rate=8.123e-4"], "512-512 dropout=0.2 rmsprop lr=0.0008123 seed=0"),
+    ],
+)
+def test_the_name_of_a_run_tells_its_settings(
+    configure: Configure, settings: list[str], name: str
+) -> None:
+    from pipeline.tracking import run_name
+
+    assert run_name(configure("data=digits", *settings)) == name

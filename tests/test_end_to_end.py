@@ -1,0 +1,302 @@
+"""The command line, real servers, a real browser: what a person meets."""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
+
+RUN = [sys.executable, "-m", "pipeline.run"]
+QUICK = ["data=digits", "training=quick", "model.hidden_units=32"]
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+# Without them a browser in a closed network spends its time on connections that are refused.
+CHROMIUM_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--window-size=1600,1200"
+)
+
+
+def need(there: bool, what: str) -> None:
+    """Skips a test that lacks a part of the machine; in CI that is a failure."""
+    if not there and os.environ.get("CI") == "true":
+        pytest.fail(f"this test needs {what}")
+    if not there:
+        pytest.skip(f"this test needs {what}")
+
+
+def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m pipeline.run` to its end."""
+    return subprocess.run(
+        [*RUN, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def query(folder: Path, sql: str) -> list[tuple[str, ...]]:
+    with contextlib.closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as database:
+        return database.execute(sql).fetchall()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Two runs of one command line."""
+
+    folder: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    folder = tmp_path_factory.mktemp("user")
+    done = run("-m", *QUICK, "seed=1,2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return Ended(folder, done.stdout, done.stderr)
+
+
+def test_each_job_of_a_multirun_is_a_run_of_its_own(ended: Ended) -> None:
+    names = query(ended.folder, "SELECT name FROM runs ORDER BY start_time")
+
+    assert names == [
+        ("32-32 dropout=0.2 rmsprop lr=0.001 seed=1",),
+        ("32-32 dropout=0.2 rmsprop lr=0.001 seed=2",),
+    ]
+
+
+def test_a_run_ends_with_its_figures_and_the_lines_that_repeat_and_show_it(ended: Ended) -> None:
+    assert re.search(r"^Test score: \d\.\d{4}$", ended.out, re.M)
+    assert re.search(r"^Test accuracy: 0\.\d{4} \(look 1 at this test split\)$", ended.out, re.M)
+    assert re.search(r"^Test accuracy: 0\.\d{4} \(look 2 at this test split\)$", ended.out, re.M)
+    command = "python -m pipeline.run data=digits training=quick model.hidden_units=32 seed=1"
+    assert f"\nRepeat: {command}\n" in ended.out
+    assert "\nSee it: mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db" in ended.out
+
+
+def test_a_run_shows_every_epoch_and_says_nothing_on_standard_error(ended: Ended) -> None:
+    assert len(re.findall(r"^epoch \d of 3 .*val_accuracy", ended.out, re.M)) == 6
+    assert ended.err == ""
+
+
+def test_a_run_writes_to_its_store_alone(ended: Ended) -> None:
+    assert [path.name for path in ended.folder.iterdir()] == ["mlruns"]
+
+
+def test_the_command_that_repeats_a_run_gives_its_figures_again(ended: Ended) -> None:
+    (command,) = re.findall(r"^Repeat: python (.*seed=2)$", ended.out, re.M)
+
+    again = run(*shlex.split(command)[2:], cwd=ended.folder)
+
+    figures = re.compile(r"^(?:epoch|Test score|Best).*$", re.M)
+    assert figures.findall(again.stdout) == figures.findall(ended.out)[5:]
+
+
+# --- interruptions -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_is_killed_in_the_store(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    process = subprocess.Popen(
+        [*RUN, "data=digits", "training.epochs=100000", "training.early_stopping_patience=null"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("epoch"))
+    asked = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == code
+    assert time.monotonic() - asked < 10
+    assert "Traceback" not in err
+    assert query(tmp_path, "SELECT status FROM runs") == [("KILLED",)]
+
+
+def test_a_full_disk_fails_the_run_with_its_reason_and_spares_the_database(tmp_path: Path) -> None:
+    need(os.geteuid() == 0, "root, to mount a small disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    subprocess.run(mount, check=True)
+    try:
+        done = run("data=digits", "training=quick", "model.hidden_units=1000", cwd=tmp_path)
+        runs = query(tmp_path, "SELECT status FROM runs")
+        reasons = query(tmp_path, "SELECT value FROM tags WHERE key = 'error'")
+        integrity = query(tmp_path, "PRAGMA integrity_check")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert re.search("No space left|disk is full", done.stderr)
+    assert (runs, integrity) == ([("FAILED",)], [("ok",)])
+    assert re.search("No space left|disk is full", reasons[0][0])
+
+
+# --- the MLflow UI and an MLflow server --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(ended: Ended) -> Iterator[str]:
+    """Address of the UI, opened by the line that a run ends with."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (line,) = set(re.findall(r"^See it: (mlflow ui .*?)  #", ended.out, re.M))
+    arguments = [*shlex.split(line)[1:], "--port", str(port), "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *arguments],
+        cwd=ended.folder,
+        env={
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        },
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def wait_until_healthy(address: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(240):
+        assert process.poll() is None, "the server ended"
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=2):
+            return
+        time.sleep(0.5)
+    pytest.fail("the server did not start within two minutes")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+    need(CHROMIUM.exists() and DRIVER.exists(), "Debian's chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    profile = tmp_path_factory.mktemp("browser")
+    for flag in [*CHROMIUM_FLAGS.split(), f"--user-data-dir={profile}"]:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+def page_of(ended: Ended, server: str) -> str:
+    """Address of the first run's page, as the run printed it."""
+    page = re.findall(r"http://127\.0\.0\.1:5000(/#/\S+)", ended.out)[0]
+    return f"{server}{page}"
+
+
+def sees(browser: WebDriver, *texts: str) -> bool:
+    body = browser.find_element(By.TAG_NAME, "body")
+    return all(text in body.text for text in texts)
+
+
+def test_the_ui_shows_a_run_with_its_result_and_how_to_repeat_it(
+    ended: Ended, server: str, browser: WebDriver
+) -> None:
+    browser.get(page_of(ended, server))
+
+    WebDriverWait(browser, 60).until(
+        lambda page: sees(
+            page,
+            "32-32 dropout=0.2 rmsprop lr=0.001 seed=1",
+            "Finished",
+            "best validation accuracy",
+            "python -m pipeline.run data=digits",
+        )
+    )
+    assert sees(browser, "Model metrics", "Artifacts", "version.keras")
+
+
+@pytest.mark.parametrize("name", ["digits", "learning_curves", "confusion_matrix", "mistakes"])
+def test_the_ui_shows_the_figures_inline(
+    ended: Ended, server: str, browser: WebDriver, name: str
+) -> None:
+    address, _, options = page_of(ended, server).partition("?")
+    browser.get("about:blank")  # or the figure before is still there
+    browser.get(f"{address}/artifacts/figures/{name}.png?{options}")
+
+    def width(page: WebDriver) -> int:
+        script = (
+            "return Math.max(0, ...Array.from(document.querySelectorAll('img, [style*=blob]'))"
+            ".map(image => image.naturalWidth || image.clientWidth))"
+        )
+        found: int = page.execute_script(script)
+        return found
+
+    WebDriverWait(browser, 60).until(lambda page: width(page) > 200)
+    assert sees(browser, f"{name}.png")
+
+
+def test_the_ui_lists_the_runs_of_the_experiment(
+    ended: Ended, server: str, browser: WebDriver
+) -> None:
+    browser.get(re.sub(r"/runs/\w+", "", page_of(ended, server)))
+
+    WebDriverWait(browser, 60).until(lambda page: sees(page, "matching runs"))
+    assert sees(browser, "Run Name", "Created", "Dataset")
+    assert browser.find_element(By.TAG_NAME, "body").text.count("32-32 dropout") >= 2
+
+
+def test_a_run_logs_to_a_server_and_hides_its_password(
+    ended: Ended, server: str, tmp_path: Path
+) -> None:
+    address = server.replace("http://", "http://me:hush-7f3a@")
+
+    done = run(
+        *QUICK,
+        "tracking=server",
+        f"tracking.uri={address}",
+        "tracking.experiment=remote",
+        cwd=tmp_path,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert f"See it: {server.replace('http://', 'http://me:***@')}/#/experiments/" in done.stdout
+    runs = query(
+        ended.folder,
+        "SELECT status FROM runs JOIN experiments USING (experiment_id) "
+        "WHERE experiments.name = 'remote'",
+    )
+    assert runs == [("FINISHED",)]
+    assert "hush-7f3a" not in done.stdout + done.stderr
+    holding = [
+        path
+        for path in ended.folder.rglob("*")
+        if path.is_file() and b"hush-7f3a" in path.read_bytes()
+    ]
+    assert holding == []
+
+
+def test_a_server_that_is_not_there_ends_in_one_line(tmp_path: Path) -> None:
+    done = run(
+        *QUICK, "tracking=server", "tracking.uri=http://127.0.0.1:9", cwd=tmp_path, timeout=60
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "127.0.0.1" in done.stderr
