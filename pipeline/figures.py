@@ -62,9 +62,12 @@ def _grid(images: Array, titles: Sequence[str], heading: str) -> Figure:
 
 def learning_curves(history: list[Metrics]) -> Figure:
     """Loss and accuracy an epoch, on train and, where there is one, validation."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6))
+    pair = figure.subplots(1, 2)
+    # By hand: a layout engine draws every figure twice.
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.14, top=0.96, wspace=0.22)
     epochs = range(1, len(history) + 1)
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    for axes, name in zip(pair, ("loss", "accuracy"), strict=True):
         for key, label in ((name, "train"), (f"val_{name}", "validation")):
             if key in history[0]:
                 axes.plot(epochs, [metrics[key] for metrics in history], marker=".", label=label)
@@ -83,8 +86,10 @@ def confusion_matrix(evaluation: Evaluation, class_names: list[str]) -> Figure:
     np.add.at(counts, (labels, predicted), 1)
     mistakes = counts * (1 - np.eye(size, dtype=int))
     side = 3.0 + 0.34 * min(size, 30)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
+    names = 0.09 * max(map(len, class_names))  # inches of the longest, in 10 points
+    margin = min(0.5, 0.1 + names / side)
+    figure = Figure(figsize=(side, side))
+    axes = figure.add_axes((margin, margin, 0.97 - margin, 0.95 - margin))
     axes.imshow(mistakes, cmap="Reds", vmax=max(1, mistakes.max()))
     axes.set(xlabel="prediction", ylabel="label", title=f"{mistakes.sum()} of {len(labels)} wrong")
     if size <= _MOST_NUMBERS:

@@ -95,7 +95,7 @@ def execute_run(
                 figures.confusion_matrix(evaluation, data.class_names), "confusion_matrix"
             )
             run.log_figure(figures.confident_mistakes(evaluation, data.class_names), "mistakes")
-        run.log_metrics(metrics, step=len(history.epochs))
+        run.log_metrics(metrics)
         run.log_model(model, data)
         run.describe(_description(metrics, look, command))
     return RunResult(run_id=run.run_id, name=run.name, metrics=metrics, test_look=look, ui=run.ui)

@@ -17,6 +17,7 @@ from typing import Any
 
 import keras
 import mlflow
+import mlflow.pyfunc
 import mlflow.tensorflow
 import numpy as np
 from filelock import FileLock
@@ -159,7 +160,7 @@ class Run:
         self.set_tags({"mlflow.note.content": text})
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
-        """Records metrics at an epoch, in one synchronous call."""
+        """Records metrics of an epoch, or with step 0 of the whole run, in one synchronous call."""
         now = int(time.time() * 1000)
         batch = [Metric(name, value, now, step) for name, value in metrics.items()]
         mlflow.MlflowClient().log_batch(self.run_id, metrics=batch, synchronous=True)
@@ -170,7 +171,8 @@ class Run:
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """Saves a figure as `figures/<name>.png`, which the UI shows."""
-        mlflow.log_figure(figure, f"figures/{name}.png", save_kwargs={"dpi": 110})
+        fast = {"dpi": 110, "pil_kwargs": {"compress_level": 1}}
+        mlflow.log_figure(figure, f"figures/{name}.png", save_kwargs=fast)
 
     def log_model(self, model: keras.Model, data: Data) -> None:
         """Saves the model in MLflow's own flavour, with signature, example and requirements."""
