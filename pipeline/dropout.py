@@ -52,7 +52,7 @@ def _call(layer: keras.layers.Dropout, inputs: tf.Tensor, training: bool = False
     stream, count = tf.unstack(tf.cast(layer.seed_generator.next(), tf.uint32))
     shape = tf.shape(inputs)
     index = tf.cast(tf.reshape(tf.range(tf.reduce_prod(shape)), shape), tf.uint32)
-    dropped_below = tf.constant(round(layer.rate * 2**32), tf.uint32)
+    dropped_below = tf.constant(min(round(layer.rate * 2**32), 2**32 - 1), tf.uint32)
     keep = _hash(_hash(index + stream) + count) >= dropped_below
     return tf.where(keep, inputs / (1.0 - layer.rate), tf.zeros_like(inputs))
 

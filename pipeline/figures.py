@@ -1,5 +1,6 @@
 """Pictures of one run: its digits, its learning curves, its mistakes."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,10 @@ from pipeline.evaluate import Evaluation
 Metrics = dict[str, float]
 
 _COLUMNS = 10
+_CELL = 1.1  # inches from one image to the next
+_LINE = 0.14  # inches a line of a title takes
+_LETTERS = 15  # of a title that fit above an image
+_HEADING = 6.2  # inches that hold the longest heading
 _MOST_NUMBERS = 20  # classes beyond which a confusion matrix has no room for its numbers
 
 
@@ -29,8 +34,9 @@ def confident_mistakes(evaluation: Evaluation, class_names: list[str], *, rows: 
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != split.labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][: rows * _COLUMNS]
+    joint = " as " if max(map(len, class_names)) <= _LETTERS // 3 else "\nas "
     titles = [
-        f"{class_names[split.labels[i]]} as {class_names[predicted[i]]}\n{confidence[i]:.1%}"
+        class_names[split.labels[i]] + joint + class_names[predicted[i]] + f"\n{confidence[i]:.1%}"
         for i in worst
     ]
     heading = (
@@ -44,20 +50,28 @@ def _grid(images: Array, titles: Sequence[str], heading: str) -> Figure:
     columns = min(_COLUMNS, max(1, len(images)))
     rows = max(1, -(-len(images) // columns))
     height, width = images.shape[1:]
-    top = height * (0.22 + 0.18 * max((title.count("\n") for title in titles), default=0))
     gap = max(1, round(width * 0.12))
-    cell_height, cell_width = height + round(top) + gap, width + gap
+    inch = (width + gap) / _CELL  # in pixels of the images
+    lines = 1 + max((title.count("\n") for title in titles), default=0)
+    top = math.ceil(lines * _LINE * inch)
+    cell_height, cell_width = height + top + gap, width + gap
     canvas = np.full((rows * cell_height, columns * cell_width - gap), np.nan)
-    figure = Figure(figsize=(columns * 1.1, rows * 1.1 * cell_height / cell_width + 0.4))
+    figure = Figure(figsize=(max(columns * _CELL, _HEADING), rows * cell_height / inch + 0.4))
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98 - 0.4 / figure.get_figheight()))
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
-        y, x = (i // columns) * cell_height + round(top), (i % columns) * cell_width
+        y, x = (i // columns) * cell_height + top, (i % columns) * cell_width
         canvas[y : y + height, x : x + width] = image
-        axes.text(x + width / 2 - 0.5, y - 1, title, ha="center", va="bottom", fontsize=8)
+        text = "\n".join(_shorten(line) for line in title.split("\n"))
+        above = y - 0.5 - 0.03 * inch
+        axes.text(x + width / 2 - 0.5, above, text, ha="center", va="bottom", fontsize=8)
     axes.imshow(canvas, cmap="gray_r", interpolation="nearest", vmin=0)
     axes.set_axis_off()
     figure.suptitle(heading, fontsize=11, y=0.99, va="top")
     return figure
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LETTERS else f"{text[: _LETTERS - 1]}…"
 
 
 def learning_curves(history: list[Metrics]) -> Figure:
@@ -72,7 +86,7 @@ def learning_curves(history: list[Metrics]) -> Figure:
             if key in history[0]:
                 axes.plot(epochs, [metrics[key] for metrics in history], marker=".", label=label)
         axes.set(xlabel="epoch", ylabel=name)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
@@ -85,18 +99,21 @@ def confusion_matrix(evaluation: Evaluation, class_names: list[str]) -> Figure:
     counts = np.zeros((size, size), int)
     np.add.at(counts, (labels, predicted), 1)
     mistakes = counts * (1 - np.eye(size, dtype=int))
-    side = 3.0 + 0.34 * min(size, 30)
-    names = 0.09 * max(map(len, class_names))  # inches of the longest, in 10 points
-    margin = min(0.5, 0.1 + names / side)
-    figure = Figure(figsize=(side, side))
-    axes = figure.add_axes((margin, margin, 0.97 - margin, 0.95 - margin))
+    side = 2.4 + 0.34 * min(size, 30)
+    names = [_shorten(name) for name in class_names]
+    margin = 0.55 + 0.09 * max(map(len, names))  # inches, of which 0.09 a letter in 10 points
+    figure = Figure(figsize=(side + margin, side + margin))
+    share = margin / (side + margin)
+    top = 0.35 / (side + margin)
+    axes = figure.add_axes((share, share, 1 - share - top, 1 - share - top))
     axes.imshow(mistakes, cmap="Reds", vmax=max(1, mistakes.max()))
     axes.set(xlabel="prediction", ylabel="label", title=f"{mistakes.sum()} of {len(labels)} wrong")
     if size <= _MOST_NUMBERS:
-        axes.set_xticks(
-            range(size), class_names, rotation=45 if max(map(len, class_names)) > 2 else 0
-        )
-        axes.set_yticks(range(size), class_names)
+        axes.set_xticks(range(size), names)
+        if max(map(len, names)) > 2:
+            for name in axes.get_xticklabels():
+                name.set(rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(size), names)
         _write_counts(axes, counts, mistakes)
     return figure
 

@@ -82,10 +82,11 @@ def build_optimizer(
     """Builds the optimizer; a schedule ends with the last step of the last epoch."""
     rate: float | keras.optimizers.schedules.LearningRateSchedule = config.learning_rate
     if config.schedule == "cosine":
-        warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+        steps = steps_per_epoch * epochs
+        warmup_steps = min(round(config.warmup_epochs * steps_per_epoch), steps - 1)
         rate = keras.optimizers.schedules.CosineDecay(
             initial_learning_rate=0.0 if warmup_steps else config.learning_rate,
-            decay_steps=steps_per_epoch * epochs - warmup_steps,
+            decay_steps=steps - warmup_steps,
             warmup_target=config.learning_rate if warmup_steps else None,
             warmup_steps=warmup_steps,
         )

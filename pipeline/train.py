@@ -295,13 +295,17 @@ class _Interruption(keras.callbacks.Callback):  # type: ignore[misc]
     def __exit__(self, *exception: object) -> None:
         for number, handler in self.outer.items():
             signal.signal(number, handler)
+        if self.received is not None:  # in the last hook, or in one that ended the run
+            self._pass_on(self.received)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             self._pass_on(number)
-        self.received = number
+        else:
+            self.received = number
 
     def _pass_on(self, number: int) -> None:
+        self.received = None
         signal.signal(number, self.outer[signal.Signals(number)])
         signal.raise_signal(number)
 

@@ -66,7 +66,9 @@ def quick(configure: Configure, tmp_path: Path, empty_database: Path) -> Callabl
 
     def quick(*overrides: str) -> RunConfig:
         where = f"tracking.directory={tmp_path / 'mlruns'}"
-        return configure("data=digits", "training=quick", "model.hidden_units=32", where, *overrides)
+        return configure(
+            "data=digits", "training=quick", "model.hidden_units=32", where, *overrides
+        )
 
     return quick
 
@@ -138,7 +140,10 @@ def test_tags_hold_what_the_figures_depend_on(recorded: Recorded) -> None:
 def test_the_inputs_are_the_three_splits_with_digest_and_size(recorded: Recorded) -> None:
     assert recorded.run.inputs is not None
     inputs = {
-        given.tags[0].value: (given.dataset.digest, json.loads(given.dataset.profile or "{}")["num_rows"])
+        given.tags[0].value: (
+            given.dataset.digest,
+            json.loads(given.dataset.profile or "{}")["num_rows"],
+        )
         for given in recorded.run.inputs.dataset_inputs
     }
 
