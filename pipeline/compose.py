@@ -29,6 +29,16 @@ from pipeline.config import OPTIMIZERS, RunConfig, check_choice, without_passwor
 
 log = logging.getLogger(__name__)
 
+# What others call a key, where no likeness leads from one to the other.
+_ALIASES = {
+    "lr": "optimizer.learning_rate",
+    "wd": "optimizer.weight_decay",
+    "dropout": "model.dropout_rate",
+    "patience": "training.early_stopping_patience",
+    "units": "model.hidden_units",
+    "layers": "model.hidden_layers",
+}
+
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -112,10 +122,10 @@ def _scratch_dir() -> str:
 def _errors_in_one_line(config_name: str, tracebacks: bool) -> Iterator[None]:
     try:
         yield
-    except Terminated:
-        sys.exit(128 + signal.SIGTERM)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as interruption:
+        print("Interrupted: a run that was under way is kept, as KILLED.", file=sys.stderr)
+        terminated = isinstance(interruption, Terminated)
+        sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     except Exception as error:
         if tracebacks:
             raise
@@ -147,12 +157,16 @@ def _explain(error: BaseException, config_name: str) -> str:
         key = re.search(r"Could not (?:override|append to config) '\+*([^'=@]+)", text)
         if key and "already at" not in text:
             names = _known_names(config_name)
+            if alias := _ALIASES.get(key[1].rpartition(".")[2]):
+                return f"{key[1]}: no such key; it is {alias} here."
             if key[1] not in names:
                 return f"{key[1]}: no such key{_nearest(key[1], names)}"
             if "." in key[1]:
                 return f"{key[1]}: no such key with the options chosen, only with others."
+        if added := re.search(r"use (\+\S+=\S+)", text):
+            return f"write {added[1]}: it is added to the defaults."
         return text
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | OSError) and text:
         return text
     return f"{type(error).__name__}: {' '.join(text.split())}"
 

@@ -41,7 +41,8 @@ def check_name(key: str, value: str) -> None:
 
 def without_password(text: str) -> str:
     """Hides the password of every address in a text: `postgresql://me:***@host/db`."""
-    return re.sub(r"(://[^:/\s]*):\S+@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/\s]*):\S+@", r"\1:***@", text)
+    return re.sub(r"([?&](?:password|token)=)[^&\s]+", r"\1***", text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +234,9 @@ class TrainingConfig:
         epochs: Passes over the training images, at most.
         batch_size: Images a step; the last step of an epoch takes what is left.
         early_stopping_patience: Epochs without a better `val_accuracy` before the training
-            stops and the best weights are restored; null trains all epochs.
+            stops; null trains all epochs.
+        restore_best_weights: Whether the model ends with the weights of the epoch with the best
+            `val_accuracy`, where there is validation, or with the last.
         compile: XLA: `always`, `never`, or `auto` where it repays its compilation.
         threads: Processor threads of TensorFlow. Results are repeatable for equal counts.
     """
@@ -241,6 +244,7 @@ class TrainingConfig:
     epochs: int
     batch_size: int
     early_stopping_patience: int | None
+    restore_best_weights: bool
     compile: str
     threads: int
 
@@ -273,6 +277,12 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         check_name("tracking.experiment", self.experiment)
+        check(
+            self.uri is None or "://" in self.uri,
+            "tracking.uri",
+            "null or an address such as http://127.0.0.1:5000",
+            self.uri,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +307,13 @@ class RunConfig:
         if self.training.early_stopping_patience is not None and not self.data.validation_size:
             raise ValueError(
                 f"training.early_stopping_patience={self.training.early_stopping_patience} needs "
-                f"validation images, got data.validation_size={self.data.validation_size}."
+                f"validation images, got data.validation_size={self.data.validation_size}: "
+                "set training.early_stopping_patience=null."
+            )
+        if not self.evaluate_test and not self.data.validation_size:
+            raise ValueError(
+                "evaluate_test=false needs validation images, or nothing is measured, "
+                f"got data.validation_size={self.data.validation_size}."
             )
         if self.optimizer.warmup_epochs >= self.training.epochs:
             raise ValueError(

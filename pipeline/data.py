@@ -56,11 +56,13 @@ class Split:
     """Images with their labels.
 
     Attributes:
+        name: `train`, `validation` or `test`.
         images: `[n, height, width]`, uint8 or float32, raw pixels.
         labels: `[n]`, int32, from 0 to the number of classes - 1.
         digest: SHA-256 of what is in it.
     """
 
+    name: str
     images: Array
     labels: npt.NDArray[np.int32]
     digest: str
@@ -93,9 +95,9 @@ class Data:
 
     @property
     def splits(self) -> dict[str, Split]:
-        """The splits that are not empty, by name, for a record of what a run was given."""
-        named = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: split for name, split in named.items() if split is not None}
+        """The splits by name, for a record of what a run was given: their digests and shapes."""
+        splits = (self.train, self.validation, self.test)
+        return {split.name: split for split in splits if split is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +137,19 @@ def load(config: DataConfig) -> Data:
     arrays = LOADERS[config.loader](config)
     train_rows, validation_rows = _draw_rows(arrays.labels, config)
 
-    def take(rows: Rows) -> Split:
+    def take(name: str, rows: Rows) -> Split:
         digest = _sha256(*arrays.digests[:2], rows.astype("<i8").tobytes().hex())
         labels = arrays.labels[rows].astype(np.int32)
-        return Split(images=arrays.images[rows], labels=labels, digest=digest)
+        return Split(name=name, images=arrays.images[rows], labels=labels, digest=digest)
 
     num_classes = int(arrays.labels.max()) + 1
+    if missing := sorted(set(range(num_classes)) - set(np.unique(arrays.labels).tolist())):
+        log.warning("%s: no training image of class %s", arrays.source, missing[0])
     return Data(
-        train=take(train_rows),
-        validation=take(validation_rows) if len(validation_rows) else None,
+        train=take("train", train_rows),
+        validation=take("validation", validation_rows) if len(validation_rows) else None,
         test=Split(
+            name="test",
             images=arrays.test_images,
             labels=arrays.test_labels.astype(np.int32),
             digest=_sha256(*arrays.digests[2:]),
@@ -183,7 +188,7 @@ def _draw(
     except ValueError as error:
         raise ValueError(
             f"{key}={size:g}: cannot draw as many of {len(rows)} training images "
-            f"with every class in proportion. {error}"
+            "with every class in proportion."
         ) from error
     return rest, drawn
 
@@ -206,7 +211,7 @@ def load_digits(config: DataConfig) -> Arrays:
 
 def load_arrays(config: DataConfig) -> Arrays:
     """From `data.path`, else the Keras cache, else our own cache, else downloaded."""
-    if config.path is not None:
+    if config.path:
         return _read_verified(Path(config.path).expanduser(), config)
     own = _cache() / f"{config.name}.npz"
     for path in (*_keras_cache(config.name), own):
@@ -438,13 +443,18 @@ def _check_images(name: str, images: Array, pixel_max: float) -> None:
         raise DataError(
             f"{name} must lie in [0, data.pixel_max={pixel_max:g}], got [{low:g}, {high:g}]."
         )
+    if 0 < high <= 1 < pixel_max and images.dtype.kind == "f":
+        raise DataError(
+            f"{name} lies in [0, {high:g}], scaled already, but data.pixel_max={pixel_max:g}: "
+            "set data.pixel_max=1."
+        )
 
 
 def _check_labels(name: str, labels: Array, num_images: int, num_classes: int | None) -> None:
     if labels.ndim != 1 or labels.dtype.kind not in "ui":
         raise DataError(f"{name} must be integers of shape [n], got {labels.dtype} {labels.shape}.")
     if len(labels) != num_images:
-        raise DataError(f"{name} must have a label an image: {num_images}, got {len(labels)}.")
+        raise DataError(f"{name} must have one label per image, {num_images}, got {len(labels)}.")
     low, high = int(labels.min()), int(labels.max())
     last = num_classes - 1 if num_classes else MAX_CLASSES - 1
     if low < 0 or high > last:

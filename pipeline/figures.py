@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from pipeline.data import Array, Split
 from pipeline.evaluate import Evaluation
-
-Metrics = dict[str, float]
+from pipeline.train import Metrics
 
 _COLUMNS = 10
 _CELL = 1.1  # inches from one image to the next
@@ -40,7 +39,8 @@ def confident_mistakes(evaluation: Evaluation, class_names: list[str], *, rows: 
         for i in worst
     ]
     heading = (
-        f"Most confident of {len(wrong)} mistakes in {len(split)} images (label as prediction)"
+        f"Most confident of {len(wrong)} mistakes in {len(split)} {split.name} images "
+        "(label as prediction)"
     )
     return _grid(split.images[worst], titles, heading)
 
@@ -106,8 +106,12 @@ def confusion_matrix(evaluation: Evaluation, class_names: list[str]) -> Figure:
     share = margin / (side + margin)
     top = 0.35 / (side + margin)
     axes = figure.add_axes((share, share, 1 - share - top, 1 - share - top))
-    axes.imshow(mistakes, cmap="Reds", vmax=max(1, mistakes.max()))
-    axes.set(xlabel="prediction", ylabel="label", title=f"{mistakes.sum()} of {len(labels)} wrong")
+    axes.imshow(mistakes, cmap="Reds", vmax=max(5, mistakes.max()))
+    axes.set(
+        xlabel="prediction",
+        ylabel="label",
+        title=f"{mistakes.sum()} of {len(labels)} {evaluation.split.name} images wrong",
+    )
     if size <= _MOST_NUMBERS:
         axes.set_xticks(range(size), names)
         if max(map(len, names)) > 2:
@@ -119,7 +123,7 @@ def confusion_matrix(evaluation: Evaluation, class_names: list[str]) -> Figure:
 
 
 def _write_counts(axes: Axes, counts: npt.NDArray[np.int_], mistakes: npt.NDArray[np.int_]) -> None:
-    dark = mistakes > 0.6 * max(1, mistakes.max())
+    dark = mistakes > 0.6 * max(5, mistakes.max())
     for (row, column), count in np.ndenumerate(counts):
         if count:
             color = "white" if dark[row, column] else "black"

@@ -1,5 +1,7 @@
 """The multilayer perceptron and its optimizer."""
 
+from pathlib import Path
+
 import keras
 import psutil
 
@@ -23,7 +25,8 @@ _INITIALIZERS = {
     "tanh": "glorot_uniform",
     "sigmoid": "glorot_uniform",
 }
-_BYTES_A_PARAMETER = 4 * 4  # float32: weight, gradient, and two moments of the optimizer
+# float32: weight, gradient, two moments of the optimizer, copy of the best epoch.
+_BYTES_A_PARAMETER = 5 * 4
 
 
 def build_mlp(config: ModelConfig, data: Data) -> keras.Model:
@@ -125,10 +128,22 @@ def check_memory(config: ModelConfig, *, num_inputs: int, num_classes: int) -> N
         ValueError: It needs more than is free.
     """
     count = count_parameters(config, num_inputs=num_inputs, num_classes=num_classes)
-    needed, free = count * _BYTES_A_PARAMETER, psutil.virtual_memory().available
+    needed, free = count * _BYTES_A_PARAMETER, _free_memory()
     if needed > free:
         raise ValueError(
             f"model.hidden_units={config.hidden_units} with model.hidden_layers="
             f"{config.hidden_layers} makes {count:,} parameters, which take "
             f"{needed / 2**30:,.1f} GiB to train; {free / 2**30:,.1f} GiB are free."
         )
+
+
+def _free_memory() -> int:
+    """Bytes free on the machine, or in the container's limit where that is less."""
+    free: int = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no limit: no such file, or it says "max"
+        return free
+    return min(free, limit - used)

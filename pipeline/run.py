@@ -1,8 +1,11 @@
 """One run: data -> model -> train -> evaluate -> record; the command line of it."""
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,8 +14,8 @@ from pipeline import start_libraries
 from pipeline.compose import run_cli
 from pipeline.config import RunConfig, without_password
 
-Metrics = dict[str, float]
-EpochHook = Callable[[int, Metrics], None]
+if TYPE_CHECKING:  # or TensorFlow is imported
+    from pipeline.train import EpochHook, Metrics
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -54,7 +57,9 @@ def execute_run(
 
     Raises:
         ValueError: The data or the size of the network is refused; no run is recorded then.
+        OSError: The data cannot be read or downloaded; no run is recorded then.
         pipeline.train.DivergedError: The loss is not finite; the run is recorded as FAILED.
+        pipeline.train.StopRun: The hook raised it; the run is recorded as KILLED.
     """
     # TensorFlow and MLflow take ten seconds to import: a misspelt key need not wait for them.
     from pipeline import figures
@@ -88,7 +93,7 @@ def execute_run(
         look = run.count_test_look(data) if config.evaluate_test else None
         if look:
             test = evaluate_test(model, data)
-            metrics |= {"test_loss": test.loss, "test_accuracy": test.accuracy}
+            metrics |= {"test_loss": test.loss, "test_accuracy": test.accuracy, "test_look": look}
             evaluation = evaluation or test
         if evaluation:
             run.log_figure(
@@ -101,12 +106,17 @@ def execute_run(
     return RunResult(run_id=run.run_id, name=run.name, metrics=metrics, test_look=look, ui=run.ui)
 
 
+def _best(metrics: Metrics) -> str:
+    best, saved = int(metrics["best_epoch"]), int(metrics["saved_epoch"])
+    note = "" if saved == best else f"; the model is that of epoch {saved}"
+    return f"{metrics['best_val_accuracy']:.4f} (epoch {best}{note})"
+
+
 def _description(metrics: Metrics, look: int | None, command: str) -> str:
     """What the UI shows on top of the run: the result, and how to repeat it."""
     lines = []
     if "best_val_accuracy" in metrics:
-        best = f"{metrics['best_val_accuracy']:.4f} (epoch {metrics['best_epoch']:.0f})"
-        lines.append(f"- best validation accuracy: **{best}**")
+        lines.append(f"- best validation accuracy: {_best(metrics)}")
     if look:
         lines.append(f"- test accuracy: **{metrics['test_accuracy']:.4f}** (look {look})")
     lines.append(f"- {metrics['parameters']:,.0f} parameters, {metrics['fit_seconds']:.1f} s")
@@ -123,7 +133,8 @@ def _progress(config: RunConfig) -> Iterator[EpochHook]:
         return f"epoch {epoch:>{len(str(epochs))}} of {epochs}  {figures}"
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("training", total=epochs)
 
         def show(epoch: int, metrics: Metrics) -> None:
@@ -137,10 +148,7 @@ def _print_result(result: RunResult, command: str) -> None:
     metrics = result.metrics
     console.print()
     if "best_val_accuracy" in metrics:
-        console.print(
-            f"Best validation accuracy: {metrics['best_val_accuracy']:.4f} "
-            f"(epoch {metrics['best_epoch']:.0f})"
-        )
+        console.print(f"Best validation accuracy: {_best(metrics)}")
     if result.test_look:
         console.print(f"Test score: {metrics['test_loss']:.4f}")
         console.print(

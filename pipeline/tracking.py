@@ -1,8 +1,10 @@
 """Runs in MLflow: where they are kept, what is recorded, how they end."""
 
+import getpass
 import json
 import logging
 import platform
+import shlex
 import sqlite3
 import subprocess
 import tempfile
@@ -20,6 +22,7 @@ import mlflow
 import mlflow.pyfunc
 import mlflow.tensorflow
 import numpy as np
+import yaml
 from filelock import FileLock
 from matplotlib.figure import Figure
 from mlflow.data.schema import TensorDatasetSchema
@@ -62,32 +65,50 @@ class Store:
     Attributes:
         uri: Of MLflow's tracking store; a local file as an absolute path.
         experiment_id: Of the configured experiment.
-        reserve: File of a local store that gives its room to a run that ends on a full disk.
+        database: File of a SQLite store, else None.
     """
 
     uri: str
     experiment_id: str
-    reserve: Path | None
+    database: Path | None
+
+    @property
+    def reserve(self) -> Path | None:
+        """A file of a SQLite store that gives its room to a run that ends on a full disk."""
+        return self.database.with_name(".reserve") if self.database else None
 
 
 def open_store(config: TrackingConfig) -> Store:
     """Opens the tracking store and its experiment, creating what is missing.
 
     Any number of processes may do so at once.
+
+    Raises:
+        ValueError: The experiment was deleted.
+        ConnectionError: No server answers.
     """
     directory = Path(config.directory).absolute()
     uri = config.uri or f"sqlite:///{directory / 'mlflow.db'}"
-    reserve = None
-    if config.uri is None:
-        _create_database(directory / "mlflow.db")
-        reserve = directory / ".reserve"
-        with suppress(OSError):  # the disk is full already
-            _fill(reserve)
+    database = None
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///")).absolute()
+        uri = f"sqlite:///{database}"
+        _create_database(database)
     mlflow.set_tracking_uri(uri)
     on_server = uri.startswith(("http://", "https://"))
     artifacts = None if on_server else (directory / "artifacts").as_uri()
-    experiment_id = _experiment(config.experiment, artifacts)
-    return Store(uri=uri, experiment_id=experiment_id, reserve=reserve)
+    try:
+        experiment_id = _experiment(config.experiment, artifacts)
+    except MlflowException as error:
+        if "Max retries exceeded" not in str(error):
+            raise
+        shown = without_password(uri)
+        raise ConnectionError(f"tracking.uri: no server answers at {shown}.") from error
+    store = Store(uri=uri, experiment_id=experiment_id, database=database)
+    if store.reserve:
+        with suppress(OSError):  # the disk is full already
+            _fill(store.reserve)
+    return store
 
 
 def _fill(reserve: Path) -> None:
@@ -150,10 +171,13 @@ class Run:
             f"#/experiments/{self.store.experiment_id}/runs/{self.run_id}"
             "?workflowType=machine_learning"  # or the UI opens on its pages for language models
         )
-        if self.store.uri.startswith(("http://", "https://")):
-            return f"{without_password(self.store.uri).rstrip('/')}/{page}"
-        uri = without_password(self.store.uri).replace(f"{Path.cwd()}/", "")
-        return f"mlflow ui --backend-store-uri {uri}  # then http://127.0.0.1:5000/{page}"
+        uri = without_password(self.store.uri)
+        if uri.startswith(("http://", "https://")):
+            return f"{uri.rstrip('/')}/{page}"
+        if self.store.database and self.store.database.is_relative_to(Path.cwd()):
+            uri = f"sqlite:///{self.store.database.relative_to(Path.cwd())}"
+        line = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        return f"{line}  # then http://127.0.0.1:5000/{page}"
 
     def describe(self, text: str) -> None:
         """Sets the Markdown text that the UI shows on top of the run."""
@@ -172,10 +196,16 @@ class Run:
     def log_figure(self, figure: Figure, name: str) -> None:
         """Saves a figure as `figures/<name>.png`, which the UI shows."""
         fast = {"dpi": 110, "pil_kwargs": {"compress_level": 1}}
-        mlflow.log_figure(figure, f"figures/{name}.png", save_kwargs=fast)
+        client = mlflow.MlflowClient()
+        client.log_figure(self.run_id, figure, f"figures/{name}.png", save_kwargs=fast)
 
     def log_model(self, model: keras.Model, data: Data) -> None:
-        """Saves the model in MLflow's own flavour, with signature, example and requirements."""
+        """Saves the model in MLflow's own flavour, with signature, example and requirements.
+
+        Args:
+            model: Raw pixels `[batch, height, width]` to probabilities `[batch, num_classes]`.
+            data: Its first training images are the example.
+        """
         example = data.train.images[:5]
         outputs = (-1, len(data.class_names))
         signature = ModelSignature(
@@ -219,18 +249,23 @@ def start_run(
         data: Logged as the run's inputs.
         command: Command line that repeats the run.
         parent_run_id: Run under which this one is nested.
+
+    Raises:
+        ValueError: The experiment was deleted.
     """
     store = open_store(config.tracking)
-    active = mlflow.start_run(
-        experiment_id=store.experiment_id,
-        run_name=config.tracking.run_name or run_name(config),
-        tags={"command": without_password(command), **_environment(config, data)},
-        parent_run_id=parent_run_id,
-        log_system_metrics=config.tracking.system_metrics,
-    )
-    run = Run(run_id=active.info.run_id, name=active.info.run_name, store=store)
+    name = config.tracking.run_name or run_name(config)
+    tags = {"command": without_password(command), **_environment(config, data)}
+    if parent_run_id is not None:
+        tags["mlflow.parentRunId"] = parent_run_id
+    created = mlflow.MlflowClient().create_run(store.experiment_id, tags=tags, run_name=name)
+    run = Run(run_id=created.info.run_id, name=name, store=store)
     status, failure = RunStatus.FAILED, None
     try:
+        # Active for what asks for an active run: the model, and the system metrics.
+        mlflow.start_run(
+            run_id=run.run_id, nested=True, log_system_metrics=config.tracking.system_metrics
+        )
         _log_inputs(run, config, data)
         yield run
         status = RunStatus.FINISHED
@@ -245,13 +280,15 @@ def start_run(
 
 
 def _log_inputs(run: Run, config: RunConfig, data: Data) -> None:
-    settings = asdict(config)
-    parameters = {name: value for name, value in _flat(settings) if "tracking." not in name}
-    mlflow.MlflowClient().log_batch(
-        run.run_id, params=[Param(name, value) for name, value in parameters.items()]
-    )
-    settings["tracking"]["uri"] = without_password(config.tracking.uri or "") or None
-    mlflow.log_dict(settings, "config.yaml")
+    client, settings = mlflow.MlflowClient(), asdict(config)
+    parameters = [
+        Param(name, without_password(value))
+        for name, value in _flat(settings)
+        if not name.startswith("tracking.")
+    ]
+    client.log_batch(run.run_id, params=parameters)
+    text = yaml.safe_dump(settings, sort_keys=False, width=1_000)
+    client.log_text(run.run_id, without_password(text), "config.yaml")
     datasets = [
         DatasetInput(
             _dataset(config.data.name, split, data.source),
@@ -259,7 +296,7 @@ def _log_inputs(run: Run, config: RunConfig, data: Data) -> None:
         )
         for context, split in data.splits.items()
     ]
-    mlflow.MlflowClient().log_inputs(run.run_id, datasets)
+    client.log_inputs(run.run_id, datasets)
 
 
 def _dataset(name: str, split: Split, source: str) -> Dataset:
@@ -294,6 +331,9 @@ def _environment(config: RunConfig, data: Data) -> dict[str, str]:
     return {
         "data.sha256": data.digest,
         "host": platform.node(),
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": "pipeline.run",
+        "mlflow.source.type": "LOCAL",
         "platform": platform.platform(),
         "seed": str(config.seed),
         "threads": str(config.training.threads),
@@ -306,15 +346,22 @@ def _environment(config: RunConfig, data: Data) -> dict[str, str]:
 def _git() -> dict[str, str]:
     """Commit of this code and whether files differ from it; nothing outside a checkout."""
     try:
-        commit, status = (
+        top, commit, status = (
             subprocess.run(
                 ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
             ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+            for arguments in (
+                ["rev-parse", "--show-toplevel"],
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain"],
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"git.commit": commit, "git.dirty": str(bool(status)).lower()}
+    if Path(top) != ROOT:  # the code is installed inside the checkout of something else
+        return {}
+    dirty = str(bool(status)).lower()
+    return {"git.commit": commit, "git.dirty": dirty, "mlflow.source.git.commit": commit}
 
 
 def run_name(config: RunConfig) -> str:
@@ -330,16 +377,25 @@ def run_name(config: RunConfig) -> str:
 
 
 def _end(run: Run, status: int, failure: Exception | None) -> None:
-    """Ends the run with its reason, on a full disk in the room of the reserve."""
+    """Ends the run with its reason, on a full disk in the room of the reserve.
+
+    Raises:
+        Exception: A run that succeeded cannot be recorded as such.
+    """
     try:
         _record_end(run, status, failure)
     except Exception:
+        if run.store.reserve:
+            run.store.reserve.unlink(missing_ok=True)
         try:
-            if run.store.reserve:
-                run.store.reserve.unlink(missing_ok=True)
             _record_end(run, status, failure)
         except Exception as error:
             log.error("run %s is left without an end: %s", run.run_id, without_password(str(error)))
+            if status == RunStatus.FINISHED:
+                raise
+    finally:
+        with suppress(Exception):  # the end is recorded, or its failure told
+            mlflow.end_run(RunStatus.to_string(status))
 
 
 def _record_end(run: Run, status: int, failure: Exception | None) -> None:
@@ -348,10 +404,9 @@ def _record_end(run: Run, status: int, failure: Exception | None) -> None:
         if isinstance(failure, DivergedError):
             tags |= {"diverged": "true", "diverged.epoch": failure.epoch}
         run.set_tags(tags)
-    mlflow.end_run(RunStatus.to_string(status))
+    client = mlflow.MlflowClient()
+    client.set_terminated(run.run_id, RunStatus.to_string(status))
     if failure is not None and not isinstance(failure, DivergedError):
-        with suppress(OSError):  # the disk is full
-            lines = traceback.format_exception(failure)
-            mlflow.MlflowClient().log_text(
-                run.run_id, without_password("".join(lines)), "traceback.txt"
-            )
+        lines = "".join(traceback.format_exception(failure))
+        with suppress(Exception):  # the reason is recorded; the disk may be full
+            client.log_text(run.run_id, without_password(lines), "traceback.txt")

@@ -54,18 +54,21 @@ class History:
 
     Attributes:
         epochs: Metrics of each epoch, by their Keras names.
+        restored: Whether the model has the weights of the best epoch, not of the last.
         fit_seconds: Wall time of the whole training, validation included.
         images: Training images an epoch.
     """
 
     epochs: list[Metrics]
+    restored: bool
     fit_seconds: float
     images: int
 
     @property
     def summary(self) -> Metrics:
-        """The best epoch, counted from 1, and the pace."""
-        summary = {
+        """The best epoch, counted from 1, the one whose weights the model has, and the pace."""
+        summary: Metrics = {
+            "saved_epoch": len(self.epochs),
             "fit_seconds": self.fit_seconds,
             "samples_per_second": self.images * len(self.epochs) / self.fit_seconds,
         }
@@ -73,6 +76,8 @@ class History:
             values = [metrics["val_accuracy"] for metrics in self.epochs]
             summary["best_val_accuracy"] = max(values)
             summary["best_epoch"] = values.index(max(values)) + 1
+            if self.restored:
+                summary["saved_epoch"] = summary["best_epoch"]
         return summary
 
 
@@ -125,7 +130,10 @@ def train(
         on_epoch_end: Called with the epoch, from 1, and its metrics; may raise `StopRun`.
 
     Raises:
-        DivergedError: The loss is not finite; the epoch's metrics are not handed on.
+        DivergedError: The loss or a weight is not finite; the metrics of an epoch with such a
+            loss are not handed on.
+        StopRun: The hook raised it.
+        KeyboardInterrupt: Ctrl-C, at the end of a compiled call.
     """
     steps = steps_per_epoch(len(data.train), config)
     model.compile(
@@ -133,8 +141,8 @@ def train(
         loss="sparse_categorical_crossentropy",  # categorical cross-entropy of one-hot labels
         metrics=["accuracy"],
         jit_compile=False,
-        steps_per_execution=min(_STEPS_PER_CALL, steps),
     )
+    model.steps_per_execution = min(_STEPS_PER_CALL, steps)  # not compiled in: it would be saved
     optimizer.build(model.trainable_variables)
     compiled = _pays_to_compile(model, steps * config.epochs)
     if config.compile != "auto":
@@ -151,13 +159,18 @@ def train(
                 steps_per_epoch=steps,
                 shuffle=False,  # the chunks are
                 validation_data=_validation(data.validation),
-                callbacks=[SeedDropout(seed), interruption, hook, *_early_stopping(config)],
+                callbacks=[SeedDropout(seed), interruption, hook, *_stopping(config, data)],
                 verbose=0,
             )
     finally:
-        model.train_function = None
+        model.train_function, model.steps_per_execution = None, 1
+    if not all(np.isfinite(weights).all() for weights in model.get_weights()):
+        raise DivergedError(len(hook.history), math.nan)  # in the last step: no loss has shown it
     return History(
-        epochs=hook.history, fit_seconds=time.perf_counter() - start, images=len(data.train)
+        epochs=hook.history,
+        restored=config.restore_best_weights and data.validation is not None,
+        fit_seconds=time.perf_counter() - start,
+        images=len(data.train),
     )
 
 
@@ -172,17 +185,17 @@ def _pays_to_compile(model: keras.Model, steps: int) -> bool:
 
 def _chunks(train: Split, rows: int, config: TrainingConfig, seed: int) -> tf.data.Dataset:
     """Epochs in an order of their own, cut into chunks of `rows` images; the last is shorter."""
+    images, labels = tf.constant(train.images), tf.constant(train.labels)
 
-    def generate() -> Iterator[tuple[Any, Any]]:
-        for epoch in range(config.epochs):
-            order = np.random.default_rng([seed, epoch]).permutation(len(train))
-            for start in range(0, len(train), rows):
-                chunk = order[start : start + rows]
-                yield train.images[chunk], train.labels[chunk]
+    def epoch(number: tf.Tensor) -> tf.data.Dataset:
+        order = tf.random.experimental.stateless_shuffle(
+            tf.range(len(train)), tf.stack([tf.constant(seed, tf.int64), number])
+        )
+        starts = tf.data.Dataset.range(0, len(train), rows)
+        return starts.map(lambda start: order[start : start + rows])
 
-    arrays = (train.images, train.labels)
-    specs = tuple(tf.TensorSpec((None, *array.shape[1:]), array.dtype) for array in arrays)
-    return tf.data.Dataset.from_generator(generate, output_signature=specs)
+    orders = tf.data.Dataset.range(config.epochs).flat_map(epoch)
+    return orders.map(lambda chunk: (tf.gather(images, chunk), tf.gather(labels, chunk)))
 
 
 def _train_function(
@@ -243,15 +256,16 @@ def _validation(validation: Split | None) -> tf.data.Dataset | None:
     return images.batch(_VALIDATION_BATCH).cache()
 
 
-def _early_stopping(config: TrainingConfig) -> list[keras.callbacks.Callback]:
-    if config.early_stopping_patience is None:
+def _stopping(config: TrainingConfig, data: Data) -> list[keras.callbacks.Callback]:
+    """Early stopping, or, with a patience that never ends, the best weights alone."""
+    if data.validation is None:
         return []
     return [
         keras.callbacks.EarlyStopping(
             "val_accuracy",
             mode="max",
-            patience=config.early_stopping_patience,
-            restore_best_weights=True,
+            patience=config.early_stopping_patience or config.epochs,
+            restore_best_weights=config.restore_best_weights,
         )
     ]
 

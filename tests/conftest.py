@@ -13,6 +13,17 @@ from pipeline.config import RunConfig
 
 
 @pytest.fixture(scope="session")
+def tensorflow() -> None:
+    """TensorFlow as runs use it: a process has one number of threads for good."""
+    import tensorflow as tf
+
+    from pipeline.train import initialize
+
+    initialize(threads=1, seed=0)
+    tf.zeros(1)  # in use from here on
+
+
+@pytest.fixture(scope="session")
 def mnist_npz() -> Path:
     """The real MNIST, where `MNIST_NPZ` says; in CI its absence is a failure, not a skip."""
     path = os.environ.get("MNIST_NPZ")

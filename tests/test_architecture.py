@@ -65,6 +65,17 @@ def test_only_the_evaluation_reads_the_test_split() -> None:
     assert readers <= {"pipeline/evaluate.py", "pipeline/data.py"}
 
 
+def test_only_the_record_of_a_run_asks_for_all_splits_by_name() -> None:
+    readers = {
+        name
+        for name, tree in SOURCES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "splits"
+    }
+
+    assert readers <= {"pipeline/tracking.py"}
+
+
 def test_composing_a_configuration_imports_no_slow_library() -> None:
     code = f"import sys, pipeline.run; print([name for name in {SLOW} if name in sys.modules])"
 

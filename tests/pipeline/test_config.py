@@ -61,7 +61,12 @@ RMSPROP = RMSpropConfig(name="rmsprop", rho=0.9, momentum=0.0, **COSINE)
 ADAM = AdamConfig(name="adam", beta_1=0.9, beta_2=0.999, **COSINE)
 SGD = SGDConfig(name="sgd", momentum=0.9, nesterov=False, **COSINE)
 TRAINING = TrainingConfig(
-    epochs=20, batch_size=128, early_stopping_patience=5, compile="auto", threads=1
+    epochs=20,
+    batch_size=128,
+    early_stopping_patience=5,
+    restore_best_weights=True,
+    compile="auto",
+    threads=1,
 )
 TRACKING = TrackingConfig(
     uri=None, directory="mlruns", experiment="digits", run_name=None, system_metrics=False
@@ -289,8 +294,23 @@ def test_early_stopping_needs_validation_images(validation_size: float) -> None:
 
     assert str(error.value) == (
         "training.early_stopping_patience=5 needs validation images, "
-        f"got data.validation_size={validation_size}."
+        f"got data.validation_size={validation_size}: set training.early_stopping_patience=null."
     )
+
+
+@pytest.mark.parametrize("validation_size", [0, 0.0])
+def test_a_run_that_measures_nothing_is_refused(validation_size: float) -> None:
+    training = replace(TRAINING, early_stopping_patience=None)
+    data = replace(DATA, validation_size=validation_size)
+
+    with pytest.raises(ValueError, match="evaluate_test=false needs validation images"):
+        replace(RUN, data=data, training=training, evaluate_test=False)
+
+
+@pytest.mark.parametrize("uri", ["", "127.0.0.1:5000", "mlruns"])
+def test_an_address_without_its_scheme_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"tracking\.uri must be null or an address such as http:"):
+        replace(TRACKING, uri=uri)
 
 
 def test_all_images_may_be_trained_on_without_early_stopping() -> None:

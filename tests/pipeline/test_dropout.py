@@ -11,6 +11,8 @@ import tensorflow as tf
 
 from pipeline.dropout import SeedDropout, hashed_dropout
 
+pytestmark = pytest.mark.usefixtures("tensorflow")
+
 Array = npt.NDArray[np.float32]
 
 SHAPE = (500, 400)

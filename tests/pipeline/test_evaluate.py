@@ -7,10 +7,13 @@ import pytest
 from pipeline.data import Data, Split
 from pipeline.evaluate import evaluate, evaluate_test
 
+pytestmark = pytest.mark.usefixtures("tensorflow")
+
 
 def split_of(num_images: int, *, num_classes: int = 10) -> Split:
     draw = np.random.default_rng(num_images)
     return Split(
+        name="train",
         images=draw.integers(0, 256, (num_images, 8, 8), dtype=np.uint8),
         labels=draw.integers(0, num_classes, num_images, dtype=np.int32),
         digest="",

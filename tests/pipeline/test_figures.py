@@ -17,6 +17,8 @@ from pipeline import figures
 from pipeline.data import Split
 from pipeline.evaluate import Evaluation
 
+pytestmark = pytest.mark.usefixtures("tensorflow")
+
 SIZES = [(8, 8), (28, 28), (64, 48), (20, 60)]
 NUMBERS = [str(label) for label in range(10)]
 CLOTHES = [
@@ -33,6 +35,7 @@ def names_of(num_classes: int) -> list[str]:
 def split_of(num_images: int, *, size: tuple[int, int] = (8, 8), num_classes: int = 10) -> Split:
     draw = np.random.default_rng(0)
     return Split(
+        name="train",
         images=draw.integers(0, 256, (num_images, *size), dtype=np.uint8),
         labels=np.arange(num_images, dtype=np.int32) % num_classes,
         digest="",
@@ -165,7 +168,7 @@ def test_mistakes_are_shown_from_the_most_confident_down() -> None:
     assert len(titles) == 30
     assert titles[:2] == ["0 as 1 100.0%", "1 as 2 99.0%"]
     assert confidences == sorted(confidences, reverse=True)
-    assert "35 mistakes in 40 images" in figure.texts[0].get_text()
+    assert "35 mistakes in 40 train images" in figure.texts[0].get_text()
 
 
 @pytest.mark.parametrize("num_images", [1, 40])
@@ -176,7 +179,7 @@ def test_without_a_mistake_the_heading_says_so(size: tuple[int, int], num_images
     figure = figures.confident_mistakes(evaluation, NUMBERS)
 
     assert_readable(figure)
-    assert f"0 mistakes in {num_images} images" in figure.texts[0].get_text()
+    assert f"0 mistakes in {num_images} train images" in figure.texts[0].get_text()
 
 
 @pytest.mark.parametrize("pixel", ["uint8", "float32"])
@@ -242,7 +245,7 @@ def test_a_confusion_matrix_counts_the_mistakes(wrong: int, class_names: list[st
 
     png(figure)
     shades = np.asarray(shown(figure))
-    assert figure.axes[0].get_title() == f"{wrong} of 300 wrong"
+    assert figure.axes[0].get_title() == f"{wrong} of 300 train images wrong"
     assert shades.shape == (size, size)
     assert (shades.sum(), np.trace(shades)) == (wrong, 0)
 

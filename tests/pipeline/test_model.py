@@ -18,6 +18,8 @@ from pipeline.config import ACTIVATIONS, INITIALIZERS, ModelConfig, RunConfig
 from pipeline.data import Data, Split
 from pipeline.model import build_mlp, build_optimizer, check_memory, count_parameters
 
+pytestmark = pytest.mark.usefixtures("tensorflow")
+
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 # He et al. 2015, Klambauer et al. 2017, Glorot and Bengio 2010.
@@ -56,7 +58,10 @@ def pixels(num_images: int, height: int, width: int) -> npt.NDArray[np.uint8]:
 
 def data_of(images: Pixels, *, num_classes: int = 10, pixel_max: float = 255) -> Data:
     split = Split(
-        images=images, labels=np.arange(len(images), dtype=np.int32) % num_classes, digest=""
+        name="train",
+        images=images,
+        labels=np.arange(len(images), dtype=np.int32) % num_classes,
+        digest="",
     )
     return Data(
         train=split,

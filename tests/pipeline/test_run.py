@@ -1,10 +1,11 @@
 """One run in process, and what it leaves in the store."""
 
+import gc
 import json
 import shutil
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import keras
@@ -16,10 +17,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
 from pipeline.config import RunConfig
-from pipeline.data import Data, load
+from pipeline.data import Data, Split, load
 from pipeline.run import RunResult, execute_run
 from pipeline.tracking import open_store
 from pipeline.train import DivergedError, StopRun
+
+pytestmark = pytest.mark.usefixtures("tensorflow")
 
 Configure = Callable[..., RunConfig]
 
@@ -88,11 +91,13 @@ def test_a_run_ends_finished_with_the_metrics_it_returned(recorded: Recorded) ->
     assert recorded.result.metrics.keys() == {
         "best_val_accuracy",
         "best_epoch",
+        "saved_epoch",
         "fit_seconds",
         "samples_per_second",
         "parameters",
         "test_loss",
         "test_accuracy",
+        "test_look",
     }
 
 
@@ -313,3 +318,101 @@ def test_an_experiment_that_was_deleted_is_named(quick: Configure, tmp_path: Pat
 
     with pytest.raises(ValueError, match=r"tracking\.experiment=digits was deleted"):
         execute_run(quick(), COMMAND)
+
+
+def test_a_run_named_in_the_environment_is_left_alone(
+    quick: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = execute_run(quick("seed=1"), COMMAND)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
+    before = client.get_run(other.run_id).to_dictionary()
+    monkeypatch.setenv("MLFLOW_RUN_ID", other.run_id)
+
+    result = execute_run(quick("seed=2"), COMMAND)
+
+    assert result.run_id != other.run_id
+    assert client.get_run(other.run_id).to_dictionary() == before
+
+
+def test_a_run_inside_an_active_run_ends_by_itself(quick: Configure, tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
+    with mlflow.start_run() as outer:
+        result = execute_run(quick(), COMMAND)
+        still_active = mlflow.active_run()
+
+    assert still_active is not None
+    assert still_active.info.run_id == outer.info.run_id
+    assert mlflow.get_run(result.run_id).info.status == "FINISHED"
+
+
+def test_weights_that_overflow_in_the_last_step_fail_the_run(
+    quick: Configure, tmp_path: Path
+) -> None:
+    # One step, whose loss is that of the initial weights: nothing but the weights shows it.
+    one_step = ["training.batch_size=2000", "training.epochs=1", "data.validation_size=0"]
+    config = quick("optimizer=sgd", "optimizer.learning_rate=1e39", *one_step)
+
+    with pytest.raises(DivergedError):
+        execute_run(config, COMMAND)
+
+    assert only_run(tmp_path).info.status == "FAILED"
+
+
+def test_no_password_of_a_configuration_is_recorded(quick: Configure, tmp_path: Path) -> None:
+    config = quick()
+    sources = [["https://me:hush-7f3a@host/x.npz"], ["https://host/x?user=me&password=hush-7f3a"]]
+
+    execute_run(replace(config, data=replace(config.data, sources=sources)), COMMAND)
+
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if b"hush-7f3a" in path.read_bytes()] == []
+    text = next(path for path in files if path.name == "config.yaml").read_text()
+    assert "https://me:***@host/x.npz" in text
+
+
+def test_system_metrics_are_recorded_when_asked_for(
+    quick: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+
+    execute_run(quick("tracking.system_metrics=true"), COMMAND)
+
+    assert "system/cpu_utilization_percentage" in only_run(tmp_path).data.metrics
+
+
+def test_the_images_of_a_run_are_freed_when_it_ends(quick: Configure) -> None:
+    """Warm processes execute many runs."""
+    gc.collect()
+    before = {id(found) for found in gc.get_objects() if isinstance(found, Split)}
+
+    execute_run(quick(), COMMAND)
+
+    gc.collect()
+    left = [found for found in gc.get_objects() if isinstance(found, Split)]
+    assert [split.name for split in left if id(split) not in before] == []
+
+
+def test_the_saved_model_is_that_of_the_best_epoch(quick: Configure) -> None:
+    result = execute_run(quick("training.epochs=6", "optimizer.learning_rate=0.01"), COMMAND)
+
+    assert result.metrics["saved_epoch"] == result.metrics["best_epoch"]
+
+
+def test_the_real_mnist_trains_and_its_validation_is_counted_whole(
+    configure: Configure, tmp_path: Path, mnist_npz: Path
+) -> None:
+    """10,000 validation images are several batches of Keras, and of our evaluation."""
+    settings = [f"data.path={mnist_npz}", "data.train_size=6000", "training.epochs=2"]
+    where = f"tracking.directory={tmp_path / 'mlruns'}"
+    config = configure(
+        "+experiment=notebook", "training.restore_best_weights=true", where, *settings
+    )
+
+    result = execute_run(config, COMMAND)
+
+    validation = load(config.data).splits["validation"]
+    model = mlflow.pyfunc.load_model(f"runs:/{result.run_id}/model")
+    right = model.predict(validation.images).argmax(axis=1) == validation.labels
+    assert len(right) == 10_000
+    assert result.metrics["best_val_accuracy"] == pytest.approx(right.mean(), abs=1e-6)
+    assert result.metrics["test_accuracy"] > 0.9

@@ -41,6 +41,8 @@ from pipeline.train import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("tensorflow")
+
 NUM_IMAGES = 1_197  # of the digits: 1,437 less 240 for validation
 LONG = 2_000  # epochs that no test waits for
 WAYS = ("always", "never")
@@ -168,7 +170,8 @@ def batches_in_order(net: Network, seed: int) -> Iterator[tuple[Any, Any]]:
     """The order that `train` promises, apart from it."""
     split, size = net.data.train, net.config.batch_size
     for epoch in range(net.config.epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(split))
+        key = tf.constant([seed, epoch], tf.int64)
+        order = tf.random.experimental.stateless_shuffle(tf.range(len(split)), key).numpy()
         for start in range(0, len(split), size):
             rows = order[start : start + size]
             yield split.images[rows], split.labels[rows]
@@ -277,7 +280,7 @@ def test_metrics_count_every_image_once_an_epoch(compile_: str, batch_size: int)
 def numbered(count: int) -> Split:
     """Images that hold their row."""
     images = np.arange(count, dtype=np.float32).reshape(count, 1, 1)
-    return Split(images=images, labels=np.zeros(count, np.int32), digest="")
+    return Split(name="train", images=images, labels=np.zeros(count, np.int32), digest="")
 
 
 def order_of(epoch: int, *, seed: int = 0, rows: int = 16, **training: Any) -> list[int]:
@@ -439,7 +442,9 @@ def test_the_hook_is_given_each_epoch_with_its_metrics(
 
 
 def test_the_test_split_is_not_read() -> None:
-    unusable = Split(images=np.empty((0,)), labels=np.empty((0,), np.int32), digest="")
+    unusable = Split(
+        name="train", images=np.empty((0,)), labels=np.empty((0,), np.int32), digest=""
+    )
     net = network(data=replace(first(50), test=unusable))
 
     history = net.train()
@@ -654,9 +659,10 @@ def test_the_larger_a_network_the_rather_it_is_compiled() -> None:
 def test_a_summary_names_the_best_epoch_and_the_pace() -> None:
     epochs = [{"val_accuracy": value} for value in (0.5, 0.9, 0.7, 0.9)]
 
-    summary = History(epochs=epochs, fit_seconds=2.0, images=1_000).summary
+    summary = History(restored=False, epochs=epochs, fit_seconds=2.0, images=1_000).summary
 
     assert summary == {
+        "saved_epoch": 4,
         "fit_seconds": 2.0,
         "samples_per_second": 2_000.0,
         "best_val_accuracy": 0.9,
@@ -664,10 +670,18 @@ def test_a_summary_names_the_best_epoch_and_the_pace() -> None:
     }
 
 
-def test_a_summary_without_validation_has_no_best_epoch() -> None:
-    summary = History(epochs=[{"loss": 1.0}], fit_seconds=0.5, images=10).summary
+def test_a_model_with_its_best_weights_is_that_of_the_best_epoch() -> None:
+    epochs = [{"val_accuracy": value} for value in (0.5, 0.9, 0.7)]
 
-    assert summary == {"fit_seconds": 0.5, "samples_per_second": 20.0}
+    summary = History(restored=True, epochs=epochs, fit_seconds=2.0, images=1_000).summary
+
+    assert summary["saved_epoch"] == summary["best_epoch"] == 2
+
+
+def test_a_summary_without_validation_has_no_best_epoch() -> None:
+    summary = History(restored=False, epochs=[{"loss": 1.0}], fit_seconds=0.5, images=10).summary
+
+    assert summary == {"saved_epoch": 1, "fit_seconds": 0.5, "samples_per_second": 20.0}
 
 
 def test_the_number_of_threads_is_settled_once_a_process() -> None:
