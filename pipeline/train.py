@@ -195,7 +195,8 @@ def _chunks(train: Split, rows: int, config: TrainingConfig, seed: int) -> tf.da
         return starts.map(lambda start: order[start : start + rows])
 
     orders = tf.data.Dataset.range(config.epochs).flat_map(epoch)
-    return orders.map(lambda chunk: (tf.gather(images, chunk), tf.gather(labels, chunk)))
+    chunks = orders.map(lambda chunk: (tf.gather(images, chunk), tf.gather(labels, chunk)))
+    return chunks.with_options(_options())
 
 
 def _train_function(
@@ -253,7 +254,16 @@ def _validation(validation: Split | None) -> tf.data.Dataset | None:
     if validation is None:
         return None
     images = tf.data.Dataset.from_tensor_slices((validation.images, validation.labels))
-    return images.batch(_VALIDATION_BATCH).cache()
+    return images.batch(_VALIDATION_BATCH).cache().with_options(_options())
+
+
+def _options() -> tf.data.Options:
+    """Without autotuning: its thread sleeps 10 ms, 20 ms, ... up to a minute, and the end of a
+    training may have to wait for it to wake.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return options
 
 
 def _stopping(config: TrainingConfig, data: Data) -> list[keras.callbacks.Callback]:
