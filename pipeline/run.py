@@ -15,6 +15,10 @@ from pipeline.compose import run_cli
 from pipeline.config import RunConfig, without_password
 
 if TYPE_CHECKING:  # or TensorFlow is imported
+    import keras
+
+    from pipeline.data import Data
+    from pipeline.tracking import Run
     from pipeline.train import EpochHook, Metrics
 
 console = Console(highlight=False, soft_wrap=True)
@@ -28,14 +32,12 @@ class RunResult:
         run_id: In MLflow.
         name: In MLflow.
         metrics: Of the whole run, as recorded.
-        test_look: Looks at the test split by all runs so far; None if this one did not look.
         ui: What to do to see the run in the MLflow UI.
     """
 
     run_id: str
     name: str
     metrics: Metrics
-    test_look: int | None
     ui: str
 
 
@@ -64,7 +66,6 @@ def execute_run(
     # TensorFlow and MLflow take ten seconds to import: a misspelt key need not wait for them.
     from pipeline import figures
     from pipeline.data import load
-    from pipeline.evaluate import evaluate, evaluate_test
     from pipeline.model import build_mlp, build_optimizer
     from pipeline.tracking import start_run
     from pipeline.train import initialize, steps_per_epoch, train
@@ -88,22 +89,37 @@ def execute_run(
             model, optimizer, data, config.training, seed=config.seed, on_epoch_end=report
         )
         run.log_figure(figures.learning_curves(history.epochs), "learning_curves")
-        metrics = {**history.summary, "parameters": model.count_params()}
-        evaluation = evaluate(model, data.validation) if data.validation else None
-        look = run.count_test_look(data) if config.evaluate_test else None
-        if look:
-            test = evaluate_test(model, data)
-            metrics |= {"test_loss": test.loss, "test_accuracy": test.accuracy, "test_look": look}
-            evaluation = evaluation or test
-        if evaluation:
-            run.log_figure(
-                figures.confusion_matrix(evaluation, data.class_names), "confusion_matrix"
-            )
-            run.log_figure(figures.confident_mistakes(evaluation, data.class_names), "mistakes")
+        metrics = {
+            **history.summary,
+            "parameters": model.count_params(),
+            **_judge(run, model, data, look_at_test=config.evaluate_test),
+        }
         run.log_metrics(metrics)
         run.log_model(model, data)
-        run.describe(_description(metrics, look, command))
-    return RunResult(run_id=run.run_id, name=run.name, metrics=metrics, test_look=look, ui=run.ui)
+        run.describe(_description(metrics, command))
+    return RunResult(run_id=run.run_id, name=run.name, metrics=metrics, ui=run.ui)
+
+
+def _judge(run: Run, model: keras.Model, data: Data, *, look_at_test: bool) -> Metrics:
+    """Metrics of the test split, where the run looks at it; pictures of the mistakes.
+
+    The pictures are of the validation images, or of the test images where nothing is held out.
+    """
+    from pipeline import figures
+    from pipeline.evaluate import evaluate, evaluate_test
+
+    metrics: Metrics = {}
+    evaluation = evaluate(model, data.validation) if data.validation else None
+    if look_at_test:
+        metrics["test_look"] = run.count_test_look(data)  # before the look: none goes uncounted
+        test = evaluate_test(model, data)
+        metrics |= {"test_loss": test.loss, "test_accuracy": test.accuracy}
+        evaluation = evaluation or test
+    if evaluation:
+        names = data.class_names
+        run.log_figure(figures.confusion_matrix(evaluation, names), "confusion_matrix")
+        run.log_figure(figures.confident_mistakes(evaluation, names), "mistakes")
+    return metrics
 
 
 def _best(metrics: Metrics) -> str:
@@ -112,13 +128,14 @@ def _best(metrics: Metrics) -> str:
     return f"{metrics['best_val_accuracy']:.4f} (epoch {best}{note})"
 
 
-def _description(metrics: Metrics, look: int | None, command: str) -> str:
+def _description(metrics: Metrics, command: str) -> str:
     """What the UI shows on top of the run: the result, and how to repeat it."""
     lines = []
     if "best_val_accuracy" in metrics:
         lines.append(f"- best validation accuracy: {_best(metrics)}")
-    if look:
-        lines.append(f"- test accuracy: **{metrics['test_accuracy']:.4f}** (look {look})")
+    if "test_look" in metrics:
+        accuracy, look = metrics["test_accuracy"], metrics["test_look"]
+        lines.append(f"- test accuracy: **{accuracy:.4f}** (look {look:.0f})")
     lines.append(f"- {metrics['parameters']:,.0f} parameters, {metrics['fit_seconds']:.1f} s")
     return "\n".join([*lines, "", f"Repeat: `{command}`"])
 
@@ -149,11 +166,11 @@ def _print_result(result: RunResult, command: str) -> None:
     console.print()
     if "best_val_accuracy" in metrics:
         console.print(f"Best validation accuracy: {_best(metrics)}")
-    if result.test_look:
+    if "test_look" in metrics:
         console.print(f"Test score: {metrics['test_loss']:.4f}")
         console.print(
             f"Test accuracy: {metrics['test_accuracy']:.4f} "
-            f"(look {result.test_look} at this test split)"
+            f"(look {metrics['test_look']:.0f} at this test split)"
         )
     console.print(
         f"{metrics['parameters']:,.0f} parameters, trained in {metrics['fit_seconds']:.1f} s "
