@@ -1,6 +1,7 @@
 """What several test modules share."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from hydra.core.global_hydra import GlobalHydra
 
 from pipeline.compose import CONF, to_config
 from pipeline.config import RunConfig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Ctrl-C reaches the tests and what they start, also where a shell's `&` had it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
