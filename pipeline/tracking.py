@@ -22,6 +22,7 @@ import mlflow
 import mlflow.pyfunc
 import mlflow.tensorflow
 import numpy as np
+import sqlalchemy
 import yaml
 from filelock import FileLock
 from matplotlib.figure import Figure
@@ -98,7 +99,8 @@ def open_store(config: TrackingConfig) -> Store:
     on_server = uri.startswith(("http://", "https://"))
     artifacts = None if on_server else (directory / "artifacts").as_uri()
     try:
-        experiment_id = _experiment(config.experiment, artifacts)
+        with _alone(uri):
+            experiment_id = _experiment(config.experiment, artifacts)
     except MlflowException as error:
         if "Max retries exceeded" not in str(error):
             raise
@@ -140,6 +142,21 @@ def _create_database(path: Path) -> None:
         database.execute("PRAGMA journal_mode=WAL")
         database.close()
         new.replace(path)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Inside, no other process opens the PostgreSQL store, which MLflow creates on first use.
+
+    The lock is the database's own, and ends with its connection.
+    """
+    if not uri.startswith("postgresql"):
+        yield
+        return
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('digit-sweeps'))"))
+        yield
 
 
 def _experiment(name: str, artifact_location: str | None) -> str:

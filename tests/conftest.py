@@ -31,15 +31,23 @@ def tensorflow() -> None:
 
 
 @pytest.fixture(scope="session")
-def mnist_npz() -> Path:
-    """The real MNIST, where `MNIST_NPZ` says; in CI its absence is a failure, not a skip."""
-    path = os.environ.get("MNIST_NPZ")
-    reason = "MNIST_NPZ is not set: it names the real mnist.npz, which this test reads."
-    if not path and os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    if not path:
-        pytest.skip(reason)
-    return Path(path)
+def need() -> Callable[[object, str], None]:
+    """Skips a test that lacks a part of the machine; in CI that is a failure."""
+
+    def need(part: object, what: str) -> None:
+        if not part and os.environ.get("CI") == "true":
+            pytest.fail(f"this test needs {what}")
+        if not part:
+            pytest.skip(f"this test needs {what}")
+
+    return need
+
+
+@pytest.fixture(scope="session")
+def mnist_npz(need: Callable[[object, str], None]) -> Path:
+    """The real MNIST."""
+    need(os.environ.get("MNIST_NPZ"), "MNIST_NPZ, which names the real mnist.npz")
+    return Path(os.environ["MNIST_NPZ"])
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
+
+Need = Callable[[object, str], None]
 
 RUN = [sys.executable, "-m", "pipeline.run"]
 QUICK = ["data=digits", "training=quick", "model.hidden_units=32"]
@@ -30,14 +32,6 @@ CHROMIUM_FLAGS = (
     "--disable-background-networking --disable-component-update --disable-sync "
     "--window-size=1600,1200"
 )
-
-
-def need(there: bool, what: str) -> None:
-    """Skips a test that lacks a part of the machine; in CI that is a failure."""
-    if not there and os.environ.get("CI") == "true":
-        pytest.fail(f"this test needs {what}")
-    if not there:
-        pytest.skip(f"this test needs {what}")
 
 
 def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -131,7 +125,9 @@ def test_an_interrupted_run_is_killed_in_the_store(
     assert query(tmp_path, "SELECT status FROM runs") == [("KILLED",)]
 
 
-def test_a_full_disk_fails_the_run_with_its_reason_and_spares_the_database(tmp_path: Path) -> None:
+def test_a_full_disk_fails_the_run_with_its_reason_and_spares_the_database(
+    tmp_path: Path, need: Need
+) -> None:
     need(os.geteuid() == 0, "root, to mount a small disk")
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
     subprocess.run(mount, check=True)
@@ -191,7 +187,7 @@ def wait_until_healthy(address: str, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
+def browser(tmp_path_factory: pytest.TempPathFactory, need: Need) -> Iterator[WebDriver]:
     need(CHROMIUM.exists() and DRIVER.exists(), "Debian's chromium and chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
