@@ -54,14 +54,14 @@ def execute_run(
         config: The run.
         command: Command line that repeats it.
         on_epoch_end: Called with the epoch, from 1, and its metrics, once they are recorded;
-            may raise `pipeline.train.StopRun`.
+            may raise `pipeline.endings.StopRun`.
         parent_run_id: MLflow run under which this one is nested.
 
     Raises:
         ValueError: The data or the size of the network is refused; no run is recorded then.
         OSError: The data cannot be read or downloaded; no run is recorded then.
-        pipeline.train.DivergedError: The loss is not finite; the run is recorded as FAILED.
-        pipeline.train.StopRun: The hook raised it; the run is recorded as KILLED.
+        pipeline.endings.DivergedError: The loss is not finite; the run is recorded as FAILED.
+        pipeline.endings.StopRun: The hook raised it; the run is recorded as KILLED.
     """
     # TensorFlow and MLflow take ten seconds to import: a misspelt key need not wait for them.
     from pipeline import figures

@@ -45,7 +45,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from pipeline.config import RunConfig, TrackingConfig, without_password
 from pipeline.data import Array, Data, Split
-from pipeline.train import DivergedError, StopRun
+from pipeline.endings import DivergedError, StopRun
 
 log = logging.getLogger(__name__)
 

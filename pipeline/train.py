@@ -23,6 +23,7 @@ import tensorflow as tf
 from pipeline.config import TrainingConfig
 from pipeline.data import Data, Split
 from pipeline.dropout import SeedDropout, hashed_dropout
+from pipeline.endings import DivergedError
 
 Metrics = dict[str, float]
 EpochHook = Callable[[int, Metrics], None]
@@ -31,22 +32,6 @@ TrainFunction = Callable[[Iterator[Any]], dict[str, tf.Tensor]]
 # An interruption waits for the end of a call: 0.2 s at 784-512-512-10. More steps gain nothing.
 _STEPS_PER_CALL = 50
 _VALIDATION_BATCH = 2_000
-
-
-class StopRun(Exception):
-    """Raised by an epoch hook to end a run that is not worth going on with."""
-
-
-class DivergedError(ArithmeticError):
-    """The loss is not a finite number.
-
-    Attributes:
-        epoch: In which it happened, from 1.
-    """
-
-    def __init__(self, epoch: int, loss: float) -> None:
-        super().__init__(f"the training diverged in epoch {epoch}: the loss is {loss}.")
-        self.epoch = epoch
 
 
 @dataclass(frozen=True, kw_only=True)

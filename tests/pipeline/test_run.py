@@ -18,9 +18,9 @@ from mlflow.entities import Run, ViewType
 
 from pipeline.config import RunConfig
 from pipeline.data import Data, Split, load
+from pipeline.endings import DivergedError, StopRun
 from pipeline.run import RunResult, execute_run
 from pipeline.tracking import open_store
-from pipeline.train import DivergedError, StopRun
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
 

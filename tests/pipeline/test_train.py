@@ -28,12 +28,11 @@ from pipeline.config import RunConfig, TrainingConfig
 from pipeline.data import Data, Split, load
 from pipeline.evaluate import evaluate
 from pipeline.model import build_mlp, build_optimizer
+from pipeline.endings import DivergedError, StopRun
 from pipeline.train import (
-    DivergedError,
     EpochHook,
     History,
     Metrics,
-    StopRun,
     _chunks,
     _pays_to_compile,
     initialize,

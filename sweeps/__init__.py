@@ -1,0 +1,1 @@
+"""Many runs: search with Optuna, compare, promote."""
