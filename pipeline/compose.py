@@ -1,4 +1,4 @@
-"""From the command line to a checked `RunConfig`: the one module that knows Hydra and OmegaConf."""
+"""From the command line to a checked configuration: the module that knows Hydra and OmegaConf."""
 
 import atexit
 import difflib
@@ -10,19 +10,24 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import Any, Generic, TypeVar, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from pipeline.config import OPTIMIZERS, RunConfig, check_choice, without_password
@@ -42,6 +47,12 @@ _ALIASES = {
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
+T = TypeVar("T")
+Value = str | int | float | bool | None
+
+_MISSING = object()
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: an interruption like Ctrl-C, with an exit status of its own."""
 
@@ -50,27 +61,112 @@ class Reported(Exception):
     """An error of one job of several that was already shown to the user."""
 
 
+Variants = Mapping[str, Mapping[str, type]]
+
+# Sections whose type their `name` decides.
+VARIANTS: Variants = {"optimizer": OPTIMIZERS}
+
+
 def to_config(cfg: DictConfig) -> RunConfig:
+    """Types and checks the composed configuration of a run, as `to_typed` does."""
+    return to_typed(cfg, RunConfig, VARIANTS)
+
+
+def to_typed(cfg: DictConfig, schema: type[T], variants: Variants) -> T:
     """Types and checks a composed configuration.
+
+    Args:
+        cfg: As Hydra composed it.
+        schema: Dataclass of the whole.
+        variants: Section -> the types it may have, by its `name`.
 
     Raises:
         ValueError: A key is unknown or missing, or its value has the wrong type or range.
     """
     try:
-        check_choice("optimizer.name", cfg.optimizer.name, tuple(OPTIMIZERS))
-        schema = OmegaConf.structured(RunConfig)
+        typed = OmegaConf.structured(schema)
         # Nodes made from frozen dataclasses are read-only, and merging writes.
-        OmegaConf.set_readonly(schema, False)
-        for name, field in RunConfig.__dataclass_fields__.items():
+        OmegaConf.set_readonly(typed, False)
+        for field in fields(cast(Any, schema)):
             if is_dataclass(field.type):
-                schema[name] = OPTIMIZERS[cfg.optimizer.name] if name == "optimizer" else field.type
-                OmegaConf.set_readonly(schema[name], False)
-        return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(schema, cfg)))
+                typed[field.name] = field.type
+                if types := variants.get(field.name):
+                    check_choice(f"{field.name}.name", cfg[field.name].name, tuple(types))
+                    typed[field.name] = types[cfg[field.name].name]
+                OmegaConf.set_readonly(typed[field.name], False)
+        return cast(T, OmegaConf.to_object(OmegaConf.merge(typed, cfg)))
     except (OmegaConfBaseException, OverflowError) as error:
         raise ValueError(explain(error)) from error
 
 
-def run_cli(config_name: str, task: Callable[[RunConfig, str], None]) -> None:
+class Composer(Generic[T]):
+    """Composes variations of one configuration, in a Hydra that is initialized.
+
+    Args:
+        config_name: Root of the configuration.
+        overrides: What all variations share, as on the command line.
+        schema: Dataclass of the whole.
+        variants: As in `to_typed`.
+    """
+
+    def __init__(
+        self, config_name: str, overrides: Sequence[str], schema: type[T], variants: Variants
+    ) -> None:
+        self.config_name, self.overrides = config_name, list(overrides)
+        self.schema, self.variants = schema, variants
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._choices: dict[str, str] = {}
+        self._groups = set(GlobalHydra.instance().config_loader().list_groups(""))
+
+    def __call__(self, values: Mapping[str, Value]) -> T:
+        """The configuration with other values by dotted name, and options by group.
+
+        Raises:
+            ValueError: A name is unknown, or a value is refused.
+        """
+        groups = {name: value for name, value in values.items() if self.is_group(name)}
+        try:
+            cfg = self._compose(groups).copy()
+            for name, value in values.items():
+                if name not in groups:
+                    if OmegaConf.select(cfg, name, default=_MISSING) is _MISSING:
+                        raise ValueError(_unknown(name, self.config_name))
+                    OmegaConf.update(cfg, name, value)
+        except (OmegaConfBaseException, HydraException) as error:
+            raise ValueError(explain(error, self.config_name)) from error
+        return to_typed(cfg, self.schema, self.variants)
+
+    def value(self, name: str) -> Value:
+        """What a dotted name or group is without any variation."""
+        cfg = self._compose({})
+        if self.is_group(name):
+            return self._choices[name]
+        return cast(Value, OmegaConf.select(cfg, name))
+
+    def is_group(self, name: str) -> bool:
+        return name in self._groups
+
+    def _compose(self, groups: Mapping[str, Value]) -> DictConfig:
+        """Composed once a choice of options: it takes Hydra 80 ms."""
+        options = tuple(f"{name}={value}" for name, value in groups.items())
+        if options not in self._composed:
+            cfg = hydra.compose(
+                self.config_name, [*self.overrides, *options], return_hydra_config=True
+            )
+            if not options:
+                self._choices = dict(cfg.hydra.runtime.choices)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            self._composed[options] = cfg
+        return self._composed[options]
+
+
+def run_cli(
+    config_name: str,
+    schema: type[T],
+    task: Callable[[T, list[str]], None],
+    variants: Variants = VARIANTS,
+) -> None:
     """Composes `conf/<config_name>.yaml` with the command line and calls `task`.
 
     Every error ends in one line on standard error and a non-zero exit; `HYDRA_FULL_ERROR=1`
@@ -78,8 +174,10 @@ def run_cli(config_name: str, task: Callable[[RunConfig, str], None]) -> None:
 
     Args:
         config_name: Root of the configuration.
-        task: Receives the configuration and the overrides as they were given, quoted for a
-            shell; called once a job of a multirun.
+        schema: Dataclass of the whole.
+        task: Receives the configuration and the overrides as they were given; called once a job
+            of a multirun.
+        variants: As in `to_typed`.
     """
     tracebacks = bool(os.environ.get("HYDRA_FULL_ERROR"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way and exits
@@ -92,12 +190,13 @@ def run_cli(config_name: str, task: Callable[[RunConfig, str], None]) -> None:
     def job(cfg: DictConfig) -> None:
         # As given: read one by one, their interpolations (${oc.env:SECRET}) would be resolved.
         given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-        overrides = shlex.join(cast(list[str], given))
+        overrides = cast(list[str], given)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            log.info("job %d: %s", HydraConfig.get().job.num, without_password(overrides))
+            shown = without_password(shlex.join(overrides))
+            log.info("job %d: %s", HydraConfig.get().job.num, shown)
         try:
             with _errors_in_one_line(config_name, tracebacks):
-                task(to_config(cfg), overrides)
+                task(to_typed(cfg, schema, variants), overrides)
         except Reported as error:
             failed.append(error)  # raised, Hydra would add lines of its own
 
@@ -123,7 +222,8 @@ def _errors_in_one_line(config_name: str, tracebacks: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interruption:
-        print("Interrupted: a run that was under way is kept, as KILLED.", file=sys.stderr)
+        done = "Interrupted: a run that was under way is kept, as KILLED."
+        print(str(interruption) or done, file=sys.stderr)
         terminated = isinstance(interruption, Terminated)
         sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     except Exception as error:
@@ -156,19 +256,25 @@ def _explain(error: BaseException, config_name: str) -> str:
     if isinstance(error, HydraException):
         key = re.search(r"Could not (?:override|append to config) '\+*([^'=@]+)", text)
         if key and "already at" not in text:
-            names = _known_names(config_name)
-            if alias := _ALIASES.get(key[1].rpartition(".")[2]):
-                return f"{key[1]}: no such key; it is {alias} here."
-            if key[1] not in names:
-                return f"{key[1]}: no such key{_nearest(key[1], names)}"
-            if "." in key[1]:
-                return f"{key[1]}: no such key with the options chosen, only with others."
+            known = _unknown(key[1], config_name)
+            if known:
+                return known
         if added := re.search(r"use (\+\S+=\S+)", text):
             return f"write {added[1]}: it is added to the defaults."
         return text
     if isinstance(error, ValueError | OSError) and text:
         return text
     return f"{type(error).__name__}: {' '.join(text.split())}"
+
+
+def _unknown(name: str, config_name: str) -> str:
+    """Why there is no such key, and what may have been meant."""
+    if alias := _ALIASES.get(name.rpartition(".")[2]):
+        return f"{name}: no such key; it is {alias} here."
+    names = _known_names(config_name)
+    if name not in names:
+        return f"{name}: no such key{_nearest(name, names)}"
+    return f"{name}: no such key with the options chosen, only with others." if "." in name else ""
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
@@ -186,8 +292,8 @@ def _known_names(config_name: str) -> list[str]:
         for group in groups:
             for option in loader.get_group_options(group):
                 plus = "+" if group == "experiment" else ""
-                cfg = hydra.compose(config_name, [f"{plus}{group}={option}"])
-                names.update(_leaves(cfg))
+                with suppress(ConfigCompositionException):  # a group of another root
+                    names.update(_leaves(hydra.compose(config_name, [f"{plus}{group}={option}"])))
     return sorted(names)
 
 

@@ -2,7 +2,9 @@
 
 import math
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ACTIVATIONS = ("relu", "gelu", "silu", "elu", "selu", "tanh", "sigmoid")
 INITIALIZERS = (
@@ -43,6 +45,17 @@ def without_password(text: str) -> str:
     """Hides the password of every address in a text: `postgresql://me:***@host/db`."""
     text = re.sub(r"(://[^:/\s]*):\S+@", r"\1:***@", text)
     return re.sub(r"([?&](?:password|token)=)[^&\s]+", r"\1***", text)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Values by dotted name, spelt as in YAML; lists are left out."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        elif value is None or isinstance(value, bool):
+            yield f"{prefix}{name}", {None: "null", True: "true", False: "false"}[value]
+        elif not isinstance(value, list):
+            yield f"{prefix}{name}", str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +280,7 @@ class TrackingConfig:
         experiment: MLflow experiment, created when missing.
         run_name: Name of the run; null makes one from the settings.
         system_metrics: Whether to record processor, memory and disk use while training.
+        figures: Whether to draw digits, curves, confusion and mistakes.
     """
 
     uri: str | None
@@ -274,6 +288,7 @@ class TrackingConfig:
     experiment: str
     run_name: str | None
     system_metrics: bool
+    figures: bool
 
     def __post_init__(self) -> None:
         check_name("tracking.experiment", self.experiment)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,8 +20,9 @@ if TYPE_CHECKING:  # or TensorFlow is imported
     import keras
 
     from pipeline.data import Data
+    from pipeline.evaluate import Evaluation
     from pipeline.tracking import Run
-    from pipeline.train import EpochHook, Metrics
+    from pipeline.train import EpochHook, History, Metrics
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -46,7 +49,9 @@ def execute_run(
     command: str,
     *,
     on_epoch_end: EpochHook = lambda epoch, metrics: None,
-    parent_run_id: str | None = None,
+    data: Data | None = None,
+    run_id: str | None = None,
+    checkpoint: Path | None = None,
 ) -> RunResult:
     """Trains, evaluates and records one model.
 
@@ -55,7 +60,10 @@ def execute_run(
         command: Command line that repeats it.
         on_epoch_end: Called with the epoch, from 1, and its metrics, once they are recorded;
             may raise `pipeline.endings.StopRun`.
-        parent_run_id: MLflow run under which this one is nested.
+        data: What `config.data` loads, when it is loaded already.
+        run_id: MLflow run to record in: created beforehand, or to go on with.
+        checkpoint: File that keeps the training after each epoch, and from which one that was
+            killed goes on.
 
     Raises:
         ValueError: The data or the size of the network is refused; no run is recorded then.
@@ -64,62 +72,72 @@ def execute_run(
         pipeline.endings.StopRun: The hook raised it; the run is recorded as KILLED.
     """
     # TensorFlow and MLflow take ten seconds to import: a misspelt key need not wait for them.
-    from pipeline import figures
     from pipeline.data import load
+    from pipeline.evaluate import evaluate
     from pipeline.model import build_mlp, build_optimizer
     from pipeline.tracking import start_run
     from pipeline.train import initialize, steps_per_epoch, train
 
     initialize(threads=config.training.threads, seed=config.seed)
-    data = load(config.data)
+    data = data or load(config.data)
     model = build_mlp(config.model, data)
     optimizer = build_optimizer(
         config.optimizer,
         steps_per_epoch=steps_per_epoch(len(data.train), config.training),
         epochs=config.training.epochs,
     )
-    with start_run(config, data, command, parent_run_id=parent_run_id) as run:
-        run.log_figure(figures.digit_grid(data.train, data.class_names), "digits")
+    with start_run(config, data, command, run_id=run_id) as run:
+        recorded = run.metrics if run_id else {}
+        best = {name: value for name, value in recorded.items() if name.startswith("best_")}
 
         def report(epoch: int, metrics: Metrics) -> None:
-            run.log_metrics(metrics, step=epoch)
+            if epoch > recorded.get("epoch", 0):
+                if metrics.get("val_accuracy", -1.0) > best.get("best_val_accuracy", -1.0):
+                    best.update(best_val_accuracy=metrics["val_accuracy"], best_epoch=epoch)
+                run.log_metrics({"epoch": epoch, **metrics, **best}, step=epoch)
             on_epoch_end(epoch, metrics)
 
         history = train(
-            model, optimizer, data, config.training, seed=config.seed, on_epoch_end=report
+            model,
+            optimizer,
+            data,
+            config.training,
+            seed=config.seed,
+            on_epoch_end=report,
+            checkpoint=checkpoint,
         )
-        run.log_figure(figures.learning_curves(history.epochs), "learning_curves")
-        metrics = {
-            **history.summary,
-            "parameters": model.count_params(),
-            **_judge(run, model, data, look_at_test=config.evaluate_test),
-        }
-        run.log_metrics(metrics)
+        metrics = {**history.summary, "parameters": model.count_params()}
+        judged = None
+        if config.evaluate_test:
+            looked, judged = _look(run, model, data)
+            metrics |= looked
+        if config.tracking.figures:
+            if data.validation:
+                judged = evaluate(model, data.validation)
+            _draw(run, data, history, judged)
+        run.log_metrics({name: metrics[name] for name in metrics.keys() - best.keys()})
         run.log_model(model, data)
         run.describe(_description(metrics, command))
     return RunResult(run_id=run.run_id, name=run.name, metrics=metrics, ui=run.ui)
 
 
-def _judge(run: Run, model: keras.Model, data: Data, *, look_at_test: bool) -> Metrics:
-    """Metrics of the test split, where the run looks at it; pictures of the mistakes.
+def _look(run: Run, model: keras.Model, data: Data) -> tuple[Metrics, Evaluation]:
+    """Looks at the test split, and counts it before: no look goes uncounted."""
+    from pipeline.evaluate import evaluate_test
 
-    The pictures are of the validation images, or of the test images where nothing is held out.
-    """
+    look = run.count_test_look(data)
+    test = evaluate_test(model, data)
+    return {"test_look": look, "test_loss": test.loss, "test_accuracy": test.accuracy}, test
+
+
+def _draw(run: Run, data: Data, history: History, judged: Evaluation | None) -> None:
     from pipeline import figures
-    from pipeline.evaluate import evaluate, evaluate_test
 
-    metrics: Metrics = {}
-    evaluation = evaluate(model, data.validation) if data.validation else None
-    if look_at_test:
-        metrics["test_look"] = run.count_test_look(data)  # before the look: none goes uncounted
-        test = evaluate_test(model, data)
-        metrics |= {"test_loss": test.loss, "test_accuracy": test.accuracy}
-        evaluation = evaluation or test
-    if evaluation:
-        names = data.class_names
-        run.log_figure(figures.confusion_matrix(evaluation, names), "confusion_matrix")
-        run.log_figure(figures.confident_mistakes(evaluation, names), "mistakes")
-    return metrics
+    run.log_figure(figures.digit_grid(data.train, data.class_names), "digits")
+    run.log_figure(figures.learning_curves(history.epochs), "learning_curves")
+    if judged:
+        run.log_figure(figures.confusion_matrix(judged, data.class_names), "confusion_matrix")
+        run.log_figure(figures.confident_mistakes(judged, data.class_names), "mistakes")
 
 
 def _best(metrics: Metrics) -> str:
@@ -180,8 +198,8 @@ def _print_result(result: RunResult, command: str) -> None:
     console.print(f"See it: {result.ui}")
 
 
-def main(config: RunConfig, overrides: str) -> None:
-    command = f"python -m pipeline.run {overrides}".rstrip()
+def main(config: RunConfig, overrides: list[str]) -> None:
+    command = shlex.join(["python", "-m", "pipeline.run", *overrides])
     with console.status("starting TensorFlow and MLflow"):
         start_libraries()
     with _progress(config) as show:
@@ -190,4 +208,4 @@ def main(config: RunConfig, overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    run_cli("run", main)
+    run_cli("run", RunConfig, main)

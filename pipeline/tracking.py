@@ -1,13 +1,17 @@
-"""Runs in MLflow: where they are kept, what is recorded, how they end."""
+"""Runs in MLflow: where they are kept, what is recorded, how they end.
 
+Imports no TensorFlow: the launcher of a sweep records runs too, and trains none.
+"""
+
+from __future__ import annotations
+
+import functools
 import getpass
 import json
 import logging
 import platform
 import shlex
-import sqlite3
 import subprocess
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -15,17 +19,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import keras
 import mlflow
-import mlflow.pyfunc
-import mlflow.tensorflow
 import numpy as np
-import sqlalchemy
 import yaml
-from filelock import FileLock
-from matplotlib.figure import Figure
 from mlflow.data.schema import TensorDatasetSchema
 from mlflow.entities import (
     Dataset,
@@ -42,16 +40,26 @@ from mlflow.models import ModelSignature
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.config import RunConfig, TrackingConfig, without_password
-from pipeline.data import Array, Data, Split
+from pipeline.config import RunConfig, TrackingConfig, flatten, without_password
+from pipeline.database import alone, create_sqlite, sqlite_path, sqlite_uri
 from pipeline.endings import DivergedError, StopRun
+
+if TYPE_CHECKING:  # or TensorFlow is imported, or what takes a second
+    import keras
+    from matplotlib.figure import Figure
+
+    from pipeline.data import Array, Data, Split
 
 log = logging.getLogger(__name__)
 
 LIBRARIES = ("tensorflow", "keras", "numpy", "mlflow")
 ROOT = Path(__file__).resolve().parents[1]
 RESERVE_BYTES = 256 * 1024  # many times what the end of a run writes to the database
+
+# What goes wrong with a store, not with a run: a full disk, a locked database, no server.
+STORE_ERRORS = (OSError, MlflowException, SQLAlchemyError)
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -90,17 +98,16 @@ def open_store(config: TrackingConfig) -> Store:
     """
     directory = Path(config.directory).absolute()
     uri = config.uri or f"sqlite:///{directory / 'mlflow.db'}"
-    database = None
-    if uri.startswith("sqlite:///"):
-        database = Path(uri.removeprefix("sqlite:///")).absolute()
-        uri = f"sqlite:///{database}"
-        _create_database(database)
+    database = sqlite_path(uri)
+    artifacts = (directory / "artifacts").as_uri()
+    if database:
+        uri = sqlite_uri(database)
+        create_sqlite(database, lambda new: SqlAlchemyStore(new, artifacts).engine.dispose())  # type: ignore[no-untyped-call]
     mlflow.set_tracking_uri(uri)
     on_server = uri.startswith(("http://", "https://"))
-    artifacts = None if on_server else (directory / "artifacts").as_uri()
     try:
-        with _alone(uri):
-            experiment_id = _experiment(config.experiment, artifacts)
+        with alone(uri):
+            experiment_id = _experiment(config.experiment, None if on_server else artifacts)
     except MlflowException as error:
         if "Max retries exceeded" not in str(error):
             raise
@@ -116,47 +123,6 @@ def open_store(config: TrackingConfig) -> Store:
 def _fill(reserve: Path) -> None:
     if not reserve.exists() or reserve.stat().st_size < RESERVE_BYTES:
         reserve.write_bytes(bytes(RESERVE_BYTES))
-
-
-def _create_database(path: Path) -> None:
-    """Creates MLflow's SQLite database all at once: elsewhere, then renamed.
-
-    MLflow's own first use is neither safe against other processes nor against a kill half-way.
-    WAL is a lasting property of the file; readers then never block the writer.
-    """
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        FileLock(path.with_name(".create.lock")),
-        tempfile.TemporaryDirectory(dir=path.parent) as folder,
-    ):
-        if path.exists():
-            return
-        log.info("creating %s", path)
-        new = Path(folder) / path.name
-        artifacts = (path.parent / "artifacts").as_uri()
-        store = SqlAlchemyStore(f"sqlite:///{new}", artifacts)  # type: ignore[no-untyped-call]
-        store.engine.dispose()
-        database = sqlite3.connect(new)
-        database.execute("PRAGMA journal_mode=WAL")
-        database.close()
-        new.replace(path)
-
-
-@contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Inside, no other process opens the PostgreSQL store, which MLflow creates on first use.
-
-    The lock is the database's own, and ends with its connection.
-    """
-    if not uri.startswith("postgresql"):
-        yield
-        return
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('digit-sweeps'))"))
-        yield
 
 
 def _experiment(name: str, artifact_location: str | None) -> str:
@@ -191,8 +157,9 @@ class Run:
         uri = without_password(self.store.uri)
         if uri.startswith(("http://", "https://")):
             return f"{uri.rstrip('/')}/{page}"
-        if self.store.database and self.store.database.is_relative_to(Path.cwd()):
-            uri = f"sqlite:///{self.store.database.relative_to(Path.cwd())}"
+        if database := self.store.database:
+            inside = database.is_relative_to(Path.cwd())
+            uri = f"sqlite:///{database.relative_to(Path.cwd()) if inside else database}"
         line = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         return f"{line}  # then http://127.0.0.1:5000/{page}"
 
@@ -200,11 +167,31 @@ class Run:
         """Sets the Markdown text that the UI shows on top of the run."""
         self.set_tags({"mlflow.note.content": text})
 
+    def end(self, status: str, *, error: str = "") -> None:
+        """Ends the run as FINISHED, KILLED or FAILED; one that ended before ends anew."""
+        if error:
+            self.set_tags({"error": error})
+        mlflow.MlflowClient().set_terminated(self.run_id, status)
+
+    def reopen(self) -> None:
+        """Goes on with a run that had ended."""
+        mlflow.MlflowClient().update_run(self.run_id, status="RUNNING")
+
+    @property
+    def status(self) -> str:
+        """RUNNING, FINISHED, KILLED or FAILED."""
+        return str(mlflow.MlflowClient().get_run(self.run_id).info.status)
+
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Records metrics of an epoch, or with step 0 of the whole run, in one synchronous call."""
         now = int(time.time() * 1000)
         batch = [Metric(name, value, now, step) for name, value in metrics.items()]
         mlflow.MlflowClient().log_batch(self.run_id, metrics=batch, synchronous=True)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each metric so far."""
+        return dict(mlflow.MlflowClient().get_run(self.run_id).data.metrics)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         batch = [RunTag(name, without_password(str(value))) for name, value in tags.items()]
@@ -223,6 +210,8 @@ class Run:
             model: Raw pixels `[batch, height, width]` to probabilities `[batch, num_classes]`.
             data: Its first training images are the example.
         """
+        import mlflow.tensorflow
+
         example = data.train.images[:5]
         outputs = (-1, len(data.class_names))
         signature = ModelSignature(
@@ -255,9 +244,30 @@ class Run:
         )
 
 
+def create_run(
+    store: Store, name: str, tags: Mapping[str, object], *, parent: Run | None = None
+) -> Run:
+    """Creates a run, RUNNING from now on; under a parent, the UI nests it there."""
+    shown = {key: without_password(str(value)) for key, value in tags.items()}
+    if parent:
+        shown["mlflow.parentRunId"] = parent.run_id
+    created = mlflow.MlflowClient().create_run(store.experiment_id, tags=shown, run_name=name)
+    return Run(run_id=created.info.run_id, name=name, store=store)
+
+
+def find_run(store: Store, tags: Mapping[str, object], *, parent: Run | None = None) -> Run | None:
+    """The run of the experiment with these tags, if there is one; one that was deleted is not."""
+    wanted = dict(tags) | ({"mlflow.parentRunId": parent.run_id} if parent else {})
+    condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in wanted.items())
+    found = mlflow.MlflowClient().search_runs([store.experiment_id], condition, max_results=1)
+    if not found:
+        return None
+    return Run(run_id=found[0].info.run_id, name=found[0].info.run_name, store=store)
+
+
 @contextmanager
 def start_run(
-    config: RunConfig, data: Data, command: str, *, parent_run_id: str | None = None
+    config: RunConfig, data: Data, command: str, *, run_id: str | None = None
 ) -> Iterator[Run]:
     """Records a run: FINISHED, KILLED when stopped or interrupted, else FAILED.
 
@@ -265,24 +275,21 @@ def start_run(
         config: Logged as parameters by their dotted names, and whole as `config.yaml`.
         data: Logged as the run's inputs.
         command: Command line that repeats the run.
-        parent_run_id: Run under which this one is nested.
+        run_id: Run that `create_run` made, or an unfinished one that is gone on with.
 
     Raises:
         ValueError: The experiment was deleted.
     """
     store = open_store(config.tracking)
     name = config.tracking.run_name or run_name(config)
-    tags = {"command": without_password(command), **_environment(config, data)}
-    if parent_run_id is not None:
-        tags["mlflow.parentRunId"] = parent_run_id
-    created = mlflow.MlflowClient().create_run(store.experiment_id, tags=tags, run_name=name)
-    run = Run(run_id=created.info.run_id, name=name, store=store)
+    run = Run(run_id=run_id, name=name, store=store) if run_id else create_run(store, name, {})
     status, failure = RunStatus.FAILED, None
     try:
         # Active for what asks for an active run: the model, and the system metrics.
         mlflow.start_run(
             run_id=run.run_id, nested=True, log_system_metrics=config.tracking.system_metrics
         )
+        run.set_tags({"command": command, **_environment(config, data)})
         _log_inputs(run, config, data)
         yield run
         status = RunStatus.FINISHED
@@ -300,7 +307,7 @@ def _log_inputs(run: Run, config: RunConfig, data: Data) -> None:
     client, settings = mlflow.MlflowClient(), asdict(config)
     parameters = [
         Param(name, without_password(value))
-        for name, value in _flat(settings)
+        for name, value in flatten(settings)
         if not name.startswith("tracking.")
     ]
     client.log_batch(run.run_id, params=parameters)
@@ -332,17 +339,6 @@ def _tensor(array: Array) -> Schema:
     return Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))])
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Values by dotted name, spelt as in YAML; lists are left to `config.yaml`."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif value is None or isinstance(value, bool):
-            yield f"{prefix}{name}", {None: "null", True: "true", False: "false"}[value]
-        elif not isinstance(value, list):
-            yield f"{prefix}{name}", str(value)
-
-
 def _environment(config: RunConfig, data: Data) -> dict[str, str]:
     """Tags of all that the figures depend on, beyond the parameters."""
     return {
@@ -360,6 +356,7 @@ def _environment(config: RunConfig, data: Data) -> dict[str, str]:
     }
 
 
+@functools.cache
 def _git() -> dict[str, str]:
     """Commit of this code and whether files differ from it; nothing outside a checkout."""
     try:

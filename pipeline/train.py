@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -20,10 +21,21 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipeline.checkpoint import (
+    Checkpoint,
+    check_fit,
+    load_checkpoint,
+    restore_stopping,
+    restore_variables,
+    save_checkpoint,
+    take_checkpoint,
+)
 from pipeline.config import TrainingConfig
 from pipeline.data import Data, Split
 from pipeline.dropout import SeedDropout, hashed_dropout
 from pipeline.endings import DivergedError
+
+log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 EpochHook = Callable[[int, Metrics], None]
@@ -41,7 +53,8 @@ class History:
     Attributes:
         epochs: Metrics of each epoch, by their Keras names.
         restored: Whether the model has the weights of the best epoch, not of the last.
-        fit_seconds: Wall time of the whole training, validation included.
+        fit_seconds: Wall time of the whole training, validation included, and of what went
+            before an interruption.
         images: Training images an epoch.
     """
 
@@ -52,7 +65,7 @@ class History:
 
     @property
     def summary(self) -> Metrics:
-        """The best epoch, counted from 1, the one whose weights the model has, and the pace."""
+        """The best epoch, from 1, the one whose weights the model has (`saved_*`), and the pace."""
         summary: Metrics = {
             "saved_epoch": len(self.epochs),
             "fit_seconds": self.fit_seconds,
@@ -64,7 +77,9 @@ class History:
             summary["best_epoch"] = values.index(max(values)) + 1
             if self.restored:
                 summary["saved_epoch"] = summary["best_epoch"]
-        return summary
+        saved = self.epochs[int(summary["saved_epoch"]) - 1]
+        validation = {name: value for name, value in saved.items() if name.startswith("val_")}
+        return summary | {f"saved_{name}": value for name, value in validation.items()}
 
 
 def initialize(*, threads: int, seed: int) -> None:
@@ -101,11 +116,16 @@ def train(
     *,
     seed: int,
     on_epoch_end: EpochHook,
+    checkpoint: Path | None = None,
 ) -> History:
     """Fits the model to the training split; the test split is not read.
 
     With equal seed, threads and versions the result is the same bit for bit. Ctrl-C and SIGTERM
     stop it at the end of a compiled call, of at most 50 steps; a second one at once.
+
+    With a checkpoint, a training whose process was killed goes on after its last whole epoch and
+    ends bit for bit as if it had not been. A file that is damaged, or of another model, is
+    ignored with a warning.
 
     Args:
         model: Raw pixels to class probabilities; trained in place.
@@ -113,13 +133,18 @@ def train(
         data: Of it, `train` and `validation`.
         config: Length and speed.
         seed: Of the order of the images and the dropout, together with the epoch.
-        on_epoch_end: Called with the epoch, from 1, and its metrics; may raise `StopRun`.
+        on_epoch_end: Called with the epoch, from 1, and its metrics; may raise `StopRun`. A
+            training that goes on calls it again with the epoch of the checkpoint, of which the
+            killed process may not have told: a second call with an epoch must change nothing.
+        checkpoint: File written after every epoch, before `on_epoch_end`, and read at the start.
+            It belongs to these arguments alone; the caller deletes it.
 
     Raises:
         DivergedError: The loss or a weight is not finite; the metrics of an epoch with such a
             loss are not handed on.
         StopRun: The hook raised it.
         KeyboardInterrupt: Ctrl-C, at the end of a compiled call.
+        OSError: The checkpoint cannot be written.
     """
     steps = steps_per_epoch(len(data.train), config)
     model.compile(
@@ -130,32 +155,35 @@ def train(
     )
     model.steps_per_execution = min(_STEPS_PER_CALL, steps)  # not compiled in: it would be saved
     optimizer.build(model.trainable_variables)
+    stopping = _stopping(config, data)
+    end = _EpochEnd(on_epoch_end, stopping, checkpoint)
+    first = end.resume(model, config)
     compiled = _pays_to_compile(model, steps * config.epochs)
     if config.compile != "auto":
         compiled = config.compile == "always"
-    chunks = _chunks(data.train, model.steps_per_execution * config.batch_size, config, seed)
+    rows = model.steps_per_execution * config.batch_size
+    chunks = _chunks(data.train, rows, config, seed, first)
     model.train_function = _train_function(model, chunks, config.batch_size, compiled)
-    hook = _Hook(on_epoch_end)
-    start = time.perf_counter()
     try:
         with hashed_dropout(model), _Interruption() as interruption:
             model.fit(
                 chunks,
+                initial_epoch=first,
                 epochs=config.epochs,
                 steps_per_epoch=steps,
                 shuffle=False,  # the chunks are
                 validation_data=_validation(data.validation),
-                callbacks=[SeedDropout(seed), interruption, hook, *_stopping(config, data)],
+                callbacks=[SeedDropout(seed), interruption, *filter(None, [stopping]), end],
                 verbose=0,
             )
     finally:
         model.train_function, model.steps_per_execution = None, 1
     if not all(np.isfinite(weights).all() for weights in model.get_weights()):
-        raise DivergedError(len(hook.history), math.nan)  # in the last step: no loss has shown it
+        raise DivergedError(len(end.epochs), math.nan)  # in the last step: no loss has shown it
     return History(
-        epochs=hook.history,
+        epochs=end.epochs,
         restored=config.restore_best_weights and data.validation is not None,
-        fit_seconds=time.perf_counter() - start,
+        fit_seconds=end.seconds,
         images=len(data.train),
     )
 
@@ -169,8 +197,12 @@ def _pays_to_compile(model: keras.Model, steps: int) -> bool:
     return bool(steps * (0.3e-3 + 2.1e-9 * model.count_params()) > 1.05)
 
 
-def _chunks(train: Split, rows: int, config: TrainingConfig, seed: int) -> tf.data.Dataset:
-    """Epochs in an order of their own, cut into chunks of `rows` images; the last is shorter."""
+def _chunks(
+    train: Split, rows: int, config: TrainingConfig, seed: int, first: int = 0
+) -> tf.data.Dataset:
+    """Epochs from `first` on, each in an order of its own, cut into chunks of `rows` images; the
+    last of an epoch is shorter.
+    """
     images, labels = tf.constant(train.images), tf.constant(train.labels)
 
     def epoch(number: tf.Tensor) -> tf.data.Dataset:
@@ -180,7 +212,7 @@ def _chunks(train: Split, rows: int, config: TrainingConfig, seed: int) -> tf.da
         starts = tf.data.Dataset.range(0, len(train), rows)
         return starts.map(lambda start: order[start : start + rows])
 
-    orders = tf.data.Dataset.range(config.epochs).flat_map(epoch)
+    orders = tf.data.Dataset.range(first, config.epochs).flat_map(epoch)
     chunks = orders.map(lambda chunk: (tf.gather(images, chunk), tf.gather(labels, chunk)))
     return chunks.with_options(_options())
 
@@ -252,35 +284,92 @@ def _options() -> tf.data.Options:
     return options
 
 
-def _stopping(config: TrainingConfig, data: Data) -> list[keras.callbacks.Callback]:
+def _stopping(config: TrainingConfig, data: Data) -> keras.callbacks.EarlyStopping | None:
     """Early stopping, or, with a patience that never ends, the best weights alone."""
     if data.validation is None:
-        return []
-    return [
-        keras.callbacks.EarlyStopping(
-            "val_accuracy",
-            mode="max",
-            patience=config.early_stopping_patience or config.epochs,
-            restore_best_weights=config.restore_best_weights,
-        )
-    ]
+        return None
+    return keras.callbacks.EarlyStopping(
+        "val_accuracy",
+        mode="max",
+        patience=config.early_stopping_patience or config.epochs,
+        restore_best_weights=config.restore_best_weights,
+    )
 
 
-class _Hook(keras.callbacks.Callback):  # type: ignore[misc]
-    """Hands each epoch's metrics to the hook, unless the loss diverged."""
+def _load_fitting(
+    path: Path, model: keras.Model, stopping: keras.callbacks.EarlyStopping | None
+) -> Checkpoint | None:
+    """The checkpoint of this training, where there is one."""
+    try:
+        checkpoint = load_checkpoint(path)
+        check_fit(checkpoint, model, stopping)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        log.warning("training starts anew, without %s: %s", path, error)
+        return None
+    log.info("training goes on after epoch %d of %s", len(checkpoint.epochs), path)
+    return checkpoint
 
-    def __init__(self, on_epoch_end: EpochHook) -> None:
+
+class _EpochEnd(keras.callbacks.Callback):  # type: ignore[misc]
+    """Writes the checkpoint and calls the hook, unless the loss diverged.
+
+    Comes after early stopping, so that a checkpoint has what that made of its epoch.
+    """
+
+    def __init__(
+        self, hook: EpochHook, stopping: keras.callbacks.EarlyStopping | None, path: Path | None
+    ) -> None:
         super().__init__()
-        self.hook = on_epoch_end
-        self.history: list[Metrics] = []
+        self.hook, self.stopping, self.path = hook, stopping, path
+        self.epochs: list[Metrics] = []
+        self.resumed: Checkpoint | None = None
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def resume(self, model: keras.Model, config: TrainingConfig) -> int:
+        """Gives model and optimizer the state of the checkpoint, where there is one.
+
+        Returns:
+            The epoch to go on with, from 0; past the last one where there is none to train.
+        """
+        if self.path is not None:
+            self.resumed = _load_fitting(self.path, model, self.stopping)
+        if self.resumed is None:
+            return 0
+        restore_variables(self.resumed, model)
+        self.epochs = self.resumed.epochs
+        self.start -= self.resumed.seconds
+        stopping = self.resumed.stopping
+        return config.epochs if stopping and stopping.stopped_epoch else len(self.epochs)
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        resumed, self.resumed = self.resumed, None  # or its arrays would be kept
+        if resumed is None:
+            return
+        if self.stopping is not None:
+            restore_stopping(resumed, self.stopping)
+        self.hook(len(self.epochs), self.epochs[-1])
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         metrics = {name: float(value) for name, value in (logs or {}).items()}
         for name in ("loss", "val_loss"):
             if not math.isfinite(metrics.get(name, 0.0)):
                 raise DivergedError(epoch + 1, metrics[name])
-        self.history.append(metrics)
+        self.epochs.append(metrics)
+        if self.path is not None:
+            self._save(self.path)
         self.hook(epoch + 1, metrics)
+
+    def _save(self, path: Path) -> None:
+        checkpoint = take_checkpoint(
+            self.model, self.stopping, epochs=self.epochs, seconds=self.seconds
+        )
+        save_checkpoint(checkpoint, path)
 
 
 class _Interruption(keras.callbacks.Callback):  # type: ignore[misc]

@@ -69,7 +69,12 @@ TRAINING = TrainingConfig(
     threads=1,
 )
 TRACKING = TrackingConfig(
-    uri=None, directory="mlruns", experiment="digits", run_name=None, system_metrics=False
+    uri=None,
+    directory="mlruns",
+    experiment="digits",
+    run_name=None,
+    system_metrics=False,
+    figures=True,
 )
 RUN = RunConfig(
     data=DATA,

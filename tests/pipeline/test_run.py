@@ -20,7 +20,7 @@ from pipeline.config import RunConfig
 from pipeline.data import Data, Split, load
 from pipeline.endings import DivergedError, StopRun
 from pipeline.run import RunResult, execute_run
-from pipeline.tracking import open_store
+from pipeline.tracking import create_run, find_run, open_store
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
 
@@ -92,6 +92,8 @@ def test_a_run_ends_finished_with_the_metrics_it_returned(recorded: Recorded) ->
         "best_val_accuracy",
         "best_epoch",
         "saved_epoch",
+        "saved_val_accuracy",
+        "saved_val_loss",
         "fit_seconds",
         "samples_per_second",
         "parameters",
@@ -228,11 +230,18 @@ def test_a_run_without_validation_is_judged_on_the_test_split_alone(
 
 
 def test_a_run_can_be_nested_under_another(quick: Configure, tmp_path: Path) -> None:
-    parent = execute_run(quick(), COMMAND)
-    child = execute_run(quick("evaluate_test=false"), COMMAND, parent_run_id=parent.run_id)
+    config = quick("evaluate_test=false")
+    store = open_store(config.tracking)
+    parent = create_run(store, "parent", {})
+    child = create_run(store, "child", {"trial": 3}, parent=parent)
+
+    execute_run(config, COMMAND, run_id=child.run_id)
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
-    assert client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+    recorded = client.get_run(child.run_id)
+    assert recorded.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert recorded.info.status == "FINISHED"
+    assert find_run(store, {"trial": 3}, parent=parent) == child
 
 
 def test_a_diverged_run_is_failed_with_its_epoch_and_has_no_figures_of_it(

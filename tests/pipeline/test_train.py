@@ -26,9 +26,9 @@ from hydra.core.global_hydra import GlobalHydra
 from pipeline.compose import CONF, to_config
 from pipeline.config import RunConfig, TrainingConfig
 from pipeline.data import Data, Split, load
+from pipeline.endings import DivergedError, StopRun
 from pipeline.evaluate import evaluate
 from pipeline.model import build_mlp, build_optimizer
-from pipeline.endings import DivergedError, StopRun
 from pipeline.train import (
     EpochHook,
     History,

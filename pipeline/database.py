@@ -1,0 +1,70 @@
+"""Databases that any number of processes may be the first to use."""
+
+import logging
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy
+from filelock import FileLock
+
+log = logging.getLogger(__name__)
+
+LOCK_TIMEOUT = 60  # seconds that a writer waits for another one
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a SQLite address, absolute; None for another database or a server."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+
+
+def sqlite_uri(path: Path) -> str:
+    """Address of a SQLite file, whose writers wait for one another."""
+    return f"sqlite:///{path}?timeout={LOCK_TIMEOUT}"
+
+
+def create_sqlite(path: Path, fill: Callable[[str], None]) -> None:
+    """Creates a SQLite database all at once: elsewhere, then renamed.
+
+    The libraries' own first use is neither safe against other processes nor against a kill
+    half-way. WAL is a lasting property of the file; readers then never block the writer.
+
+    Args:
+        path: Of the file; nothing is done when it is there.
+        fill: Receives the address of the new database and creates its tables.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        FileLock(path.with_name(".create.lock")),
+        tempfile.TemporaryDirectory(dir=path.parent) as folder,
+    ):
+        if path.exists():
+            return
+        log.info("creating %s", path)
+        new = Path(folder) / path.name
+        fill(f"sqlite:///{new}")
+        database = sqlite3.connect(new)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.close()
+        new.replace(path)
+
+
+@contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """Inside, no other process is inside for the same PostgreSQL database, for its first use.
+
+    The lock is the database's own, and ends with its connection.
+    """
+    if not uri.startswith("postgresql"):
+        yield
+        return
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('digit-sweeps'))"))
+        yield

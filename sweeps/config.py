@@ -1,0 +1,360 @@
+"""What a sweep is made of, beyond the run it repeats. The defaults stand in `conf/`."""
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from pipeline.config import (
+    OPTIMIZERS,
+    RunConfig,
+    check,
+    check_at_least,
+    check_choice,
+    check_name,
+)
+
+Direction = Literal["minimize", "maximize"]
+
+# What can be optimized, and which way. Each is a metric of a run; none is of the test split.
+OBJECTIVES: dict[str, Direction] = {
+    "val_accuracy": "maximize",
+    "val_loss": "minimize",
+    "parameters": "minimize",
+    "fit_seconds": "minimize",
+}
+QMC_TYPES = ("sobol", "halton")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The search space. Defaults: `conf/search/`; read by `sweeps.space`.
+
+    Attributes:
+        space: Dotted name or config group -> what it is searched over, in Hydra's sweep grammar;
+            a plain value fixes it.
+        when: Dotted name -> override in the same grammar; the name is searched only in trials
+            where that holds, and keeps its configured value in the others.
+    """
+
+    space: dict[str, Any]
+    when: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for name in self.when:
+            check(name in self.space, f"search.when['{name}']", "a name of search.space", name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How the next trial is chosen. Defaults: `conf/sampler/`."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomConfig(SamplerConfig):
+    """Independent draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TPEConfig(SamplerConfig):
+    """Tree-structured Parzen estimator (Bergstra et al. 2011), multivariate.
+
+    Attributes:
+        n_startup_trials: Random trials first.
+        n_ei_candidates: Draws among which the best expected one is taken.
+        group: Whether parameters that occur together are modelled together, for spaces with
+            conditions.
+        constant_liar: Whether running trials count as bad, so that workers spread.
+    """
+
+    n_startup_trials: int
+    n_ei_candidates: int
+    group: bool
+    constant_liar: bool
+
+    def __post_init__(self) -> None:
+        check_at_least("sampler.n_startup_trials", self.n_startup_trials, 0)
+        check_at_least("sampler.n_ei_candidates", self.n_ei_candidates, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CmaEsConfig(SamplerConfig):
+    """CMA-ES (Hansen 2016); what is not a number is drawn at random.
+
+    Attributes:
+        n_startup_trials: Random trials first.
+        sigma0: First standard deviation, as a fraction of each range; null: a sixth.
+        popsize: Trials a generation; null: from the number of parameters.
+        with_margin: Keeps whole numbers from freezing (Hamano et al. 2022).
+        consider_pruned_trials: Whether pruned trials are learned from, by their last value.
+    """
+
+    n_startup_trials: int
+    sigma0: float | None
+    popsize: int | None
+    with_margin: bool
+    consider_pruned_trials: bool
+
+    def __post_init__(self) -> None:
+        check_at_least("sampler.n_startup_trials", self.n_startup_trials, 0)
+        if self.sigma0 is not None:
+            check(0 < self.sigma0 <= 1, "sampler.sigma0", "in (0, 1] or null", self.sigma0)
+        if self.popsize is not None:
+            check_at_least("sampler.popsize", self.popsize, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QMCConfig(SamplerConfig):
+    """A quasi-random sequence (Bergstra and Bengio 2012): covers the space evenly.
+
+    Attributes:
+        qmc_type: `sobol`, best at powers of 2, or `halton`.
+        scramble: Whether the sequence is randomized by the seed of the sweep.
+    """
+
+    qmc_type: str
+    scramble: bool
+
+    def __post_init__(self) -> None:
+        check_choice("sampler.qmc_type", self.qmc_type, QMC_TYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig(SamplerConfig):
+    """Every combination once, in an order drawn by the seed; the sweep ends with the last.
+
+    Attributes:
+        points: Values of an interval, evenly spaced on its scale, ends included.
+    """
+
+    points: int
+
+    def __post_init__(self) -> None:
+        check_at_least("sampler.points", self.points, 2)
+
+
+SAMPLERS: dict[str, type[SamplerConfig]] = {
+    "tpe": TPEConfig,
+    "random": RandomConfig,
+    "cmaes": CmaEsConfig,
+    "qmc": QMCConfig,
+    "grid": GridConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunerConfig:
+    """Which trials are stopped early; their steps are epochs. Defaults: `conf/pruner/`."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPrunerConfig(PrunerConfig):
+    """Every trial trains to its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedianConfig(PrunerConfig):
+    """Stops what is worse than the median of the others at the same epoch (Golovin et al. 2017).
+
+    Attributes:
+        n_startup_trials: Trials that are not pruned.
+        n_warmup_steps: Epochs of a trial before it may be pruned.
+        interval_steps: Epochs between two looks.
+    """
+
+    n_startup_trials: int
+    n_warmup_steps: int
+    interval_steps: int
+
+    def __post_init__(self) -> None:
+        check_at_least("pruner.n_startup_trials", self.n_startup_trials, 0)
+        check_at_least("pruner.n_warmup_steps", self.n_warmup_steps, 0)
+        check_at_least("pruner.interval_steps", self.interval_steps, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AshaConfig(PrunerConfig):
+    """Asynchronous successive halving (Li et al. 2020).
+
+    Attributes:
+        min_resource: Epochs to the first rung.
+        reduction_factor: Each rung keeps one trial in so many, for as many times the epochs.
+        min_early_stopping_rate: Rungs left out at the bottom.
+    """
+
+    min_resource: int
+    reduction_factor: int
+    min_early_stopping_rate: int
+
+    def __post_init__(self) -> None:
+        check_at_least("pruner.min_resource", self.min_resource, 1)
+        check_at_least("pruner.reduction_factor", self.reduction_factor, 2)
+        check_at_least("pruner.min_early_stopping_rate", self.min_early_stopping_rate, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HyperbandConfig(PrunerConfig):
+    """Hyperband (Li et al. 2018): successive halving with several first rungs.
+
+    Attributes:
+        min_resource: Epochs to the lowest rung.
+        max_resource: Epochs of a whole trial.
+        reduction_factor: Each rung keeps one trial in so many, for as many times the epochs.
+    """
+
+    min_resource: int
+    max_resource: int
+    reduction_factor: int
+
+    def __post_init__(self) -> None:
+        check_at_least("pruner.min_resource", self.min_resource, 1)
+        check_at_least("pruner.max_resource", self.max_resource, self.min_resource)
+        check_at_least("pruner.reduction_factor", self.reduction_factor, 2)
+
+
+PRUNERS: dict[str, type[PrunerConfig]] = {
+    "none": NoPrunerConfig,
+    "median": MedianConfig,
+    "asha": AshaConfig,
+    "hyperband": HyperbandConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorConfig:
+    """Where trials are executed. Defaults: `conf/executor/`.
+
+    Attributes:
+        workers: Trials at once, each in a warm process; null: as many as the processor cores
+            allow at `training.threads` each.
+    """
+
+    name: str
+    workers: int | None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None:
+            check(1 <= self.workers <= 1024, "executor.workers", "in [1, 1024]", self.workers)
+
+    def count(self, threads: int) -> int:
+        """Trials at once, of so many threads each."""
+        return self.workers or max(1, len(os.sched_getaffinity(0)) // threads)
+
+
+EXECUTORS: dict[str, type[ExecutorConfig]] = {"local": ExecutorConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Where the study is kept.
+
+    Attributes:
+        storage: Address of Optuna's database; null: SQLite beside MLflow's.
+    """
+
+    storage: str | None
+
+    def __post_init__(self) -> None:
+        check(
+            self.storage is None or "://" in self.storage,
+            "study.storage",
+            "null or an address such as postgresql+psycopg://host/database",
+            self.storage,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What is looked for, and how long: the section `sweep`.
+
+    Attributes:
+        name: Of the sweep; the same name goes on with it. Null makes one.
+        trials: Finished trials, complete or pruned, in total over all its interruptions.
+        timeout: Seconds of work in total, likewise; null: no limit.
+        objective: A metric of a run, or a list of them: one of `OBJECTIVES`.
+        first: Configurations tried first: each maps searched names to values, and has the
+            configured value of each name it leaves out.
+        seed: Of the sampler.
+        max_failures: Failed trials at which the sweep gives up.
+        dry_run: Whether to check and show the plan, and train nothing.
+    """
+
+    name: str | None
+    trials: int
+    timeout: float | None
+    objective: Any
+    first: list[dict[str, Any]]
+    seed: int
+    max_failures: int
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            check_name("sweep.name", self.name)
+        check_at_least("sweep.trials", self.trials, 1)
+        if self.timeout is not None:
+            check(0 < self.timeout < float("inf"), "sweep.timeout", "positive", self.timeout)
+        check(
+            bool(self.objectives) and len(set(self.objectives)) == len(self.objectives),
+            "sweep.objective",
+            "one metric, or several that differ",
+            self.objective,
+        )
+        for objective in self.objectives:
+            check_choice("sweep.objective", objective, tuple(OBJECTIVES))
+        check(0 <= self.seed < 2**32, "sweep.seed", "in [0, 2**32)", self.seed)
+        check_at_least("sweep.max_failures", self.max_failures, 1)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The metrics optimized."""
+        listed = self.objective if isinstance(self.objective, list) else [self.objective]
+        return tuple(str(objective) for objective in listed)
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """`maximize` or `minimize`, an objective."""
+        return tuple(OBJECTIVES[objective] for objective in self.objectives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(RunConfig):
+    """One sweep, whole: the run it varies, and how. Defaults: `conf/sweep.yaml`."""
+
+    search: SearchConfig
+    sampler: SamplerConfig
+    pruner: PrunerConfig
+    executor: ExecutorConfig
+    study: StudyConfig
+    sweep: BudgetConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(not self.evaluate_test, "evaluate_test", "false: a trial never looks", True)
+        check(
+            bool(self.data.validation_size),
+            "data.validation_size",
+            "positive: trials are judged on validation images",
+            self.data.validation_size,
+        )
+        if len(self.sweep.objectives) > 1:
+            check(
+                self.sampler.name != "cmaes", "sampler", "another: cmaes has one objective", "cmaes"
+            )
+
+    @property
+    def run(self) -> RunConfig:
+        """The run alone."""
+        return RunConfig(**{field.name: getattr(self, field.name) for field in fields(RunConfig)})
+
+
+# Sections whose type their `name` decides.
+VARIANTS: dict[str, dict[str, type]] = {
+    "optimizer": {**OPTIMIZERS},
+    "sampler": {**SAMPLERS},
+    "pruner": {**PRUNERS},
+    "executor": {**EXECUTORS},
+}

@@ -1,0 +1,285 @@
+"""The study in Optuna: its storage, its lock, its sampler and pruner, asking and adopting."""
+
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import optuna
+import sqlalchemy
+from filelock import FileLock, Timeout
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    SuccessiveHalvingPruner,
+)
+from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from pipeline.config import TrackingConfig
+from pipeline.database import LOCK_TIMEOUT, alone, create_sqlite, sqlite_path
+from sweeps.config import (
+    AshaConfig,
+    CmaEsConfig,
+    Direction,
+    HyperbandConfig,
+    MedianConfig,
+    PrunerConfig,
+    QMCConfig,
+    SamplerConfig,
+    StudyConfig,
+    TPEConfig,
+)
+from sweeps.space import Parameter, Space, Values
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+class HeldError(OSError):
+    """Another launcher holds the sweep."""
+
+
+def storage_uri(study: StudyConfig, tracking: TrackingConfig) -> str:
+    """Address of the study's database; a local file by its absolute path."""
+    uri = study.storage or f"sqlite:///{Path(tracking.directory).absolute() / 'optuna.db'}"
+    path = sqlite_path(uri)
+    return f"sqlite:///{path}" if path else uri
+
+
+def open_storage(uri: str) -> RDBStorage:
+    """Opens the study's database, creating it when missing; any number may do so at once."""
+    path = sqlite_path(uri)
+    if path is None:
+        with alone(uri):
+            return RDBStorage(uri)
+    create_sqlite(path, lambda new: RDBStorage(new).engine.dispose())
+    return RDBStorage(uri, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}})
+
+
+@contextmanager
+def hold(name: str, uri: str) -> Iterator[None]:
+    """Inside, no other launcher runs this sweep. The lock ends with the process, however it ends.
+
+    Raises:
+        HeldError: Another launcher holds it; the message says which.
+    """
+    path = sqlite_path(uri)
+    with _hold_on_server(name, uri) if path is None else _hold_file(name, path.parent):
+        yield
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@contextmanager
+def _hold_file(name: str, folder: Path) -> Iterator[None]:
+    lock, holder = folder / f".sweep-{name}.lock", folder / f".sweep-{name}.holder"
+    try:
+        with FileLock(lock, timeout=0):
+            holder.write_text(_me(), encoding="utf-8")
+            yield
+    except Timeout:
+        by = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise HeldError(f"sweep.name={name} is being run by {by}.") from None
+
+
+@contextmanager
+def _hold_on_server(name: str, uri: str) -> Iterator[None]:
+    """An advisory lock of PostgreSQL, whose connection says in its name who holds it."""
+    engine = sqlalchemy.create_engine(
+        uri,
+        poolclass=sqlalchemy.NullPool,
+        isolation_level="AUTOCOMMIT",
+        connect_args={"application_name": _me()},
+    )
+    key = {"key": f"digit-sweeps {name}"}
+    with engine.connect() as connection:
+        take = sqlalchemy.text("SELECT pg_try_advisory_lock(0, hashtext(:key))")
+        if not connection.scalar(take, key):
+            by = connection.scalar(
+                sqlalchemy.text(
+                    "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) "
+                    "WHERE locktype = 'advisory' AND classid = 0 AND granted "
+                    "AND objid = hashtext(:key)::bit(32)::bigint::oid"
+                ),
+                key,
+            )
+            raise HeldError(f"sweep.name={name} is being run by {by or 'another process'}.")
+        yield
+
+
+def open_study(name: str, storage: RDBStorage, directions: Sequence[Direction]) -> optuna.Study:
+    """Creates a study or opens the one of that name, whose directions may be others."""
+    return optuna.create_study(
+        study_name=name, storage=storage, directions=list(directions), load_if_exists=True
+    )
+
+
+def check_identity(study: optuna.Study, identity: Mapping[str, str]) -> None:
+    """Refuses to go on with a study of something else.
+
+    Args:
+        study: New, or opened again.
+        identity: All that must not change: the space, the objectives, the data, the settings.
+
+    Raises:
+        ValueError: It changed; the message shows how.
+    """
+    if "identity" not in study.user_attrs:
+        study.set_user_attr("identity", json.dumps(dict(identity)))
+    before = json.loads(study.user_attrs["identity"])
+    names = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
+    if names:
+        missing = "(none)"
+        changes = "; ".join(
+            f"{name}: {before.get(name, missing)} -> {identity.get(name, missing)}"
+            for name in names
+        )
+        raise ValueError(
+            f"sweep.name={study.study_name} was started differently: {changes}. "
+            "Give the new one another name."
+        )
+
+
+def build_pruner(config: PrunerConfig) -> BasePruner:
+    match config:
+        case MedianConfig():
+            return MedianPruner(
+                config.n_startup_trials, config.n_warmup_steps, config.interval_steps
+            )
+        case AshaConfig():
+            return SuccessiveHalvingPruner(
+                config.min_resource, config.reduction_factor, config.min_early_stopping_rate
+            )
+        case HyperbandConfig():
+            return HyperbandPruner(
+                config.min_resource, config.max_resource, config.reduction_factor
+            )
+    return NopPruner()
+
+
+def build_sampler(config: SamplerConfig, *, sweep_seed: int, seed: int) -> BaseSampler:
+    """A sampler without a past: all it knows, it reads from the study.
+
+    Args:
+        config: Which one.
+        sweep_seed: Of what all trials of a sweep share: the sequence of `qmc`.
+        seed: Of this draw.
+    """
+    match config:
+        case TPEConfig():
+            return TPESampler(
+                n_startup_trials=config.n_startup_trials,
+                n_ei_candidates=config.n_ei_candidates,
+                multivariate=True,
+                group=config.group,
+                constant_liar=config.constant_liar,
+                warn_independent_sampling=False,
+                seed=seed,
+            )
+        case CmaEsConfig():
+            return CmaEsSampler(
+                n_startup_trials=config.n_startup_trials,
+                sigma0=config.sigma0,
+                popsize=config.popsize,
+                with_margin=config.with_margin,
+                consider_pruned_trials=config.consider_pruned_trials,
+                independent_sampler=RandomSampler(seed),
+                warn_independent_sampling=False,
+                seed=seed,
+            )
+        case QMCConfig():
+            return QMCSampler(
+                qmc_type=config.qmc_type,
+                scramble=config.scramble,
+                seed=sweep_seed,
+                independent_sampler=RandomSampler(seed),
+                warn_asynchronous_seeding=False,
+                warn_independent_sampling=False,
+            )
+    return RandomSampler(seed)
+
+
+class Asker:
+    """Asks a study for trials, each with a value for each parameter that is searched in it.
+
+    A launcher that died half-way in asking is taken up: every draw is seeded by the sweep, the
+    trial and the parameter, so that what was not yet drawn comes out as it would have.
+
+    Args:
+        study: Of which this process alone asks.
+        space: What is searched.
+        sampler: How.
+        seed: Of the sweep.
+        known: Configurations that come first, in this order.
+        configured: Value of each name that a condition looks at, where it is not searched.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: Space,
+        sampler: SamplerConfig,
+        *,
+        seed: int,
+        known: Sequence[Values],
+        configured: Values,
+    ) -> None:
+        self.study, self.space, self.sampler = study, space, sampler
+        self.seed, self.known, self.configured = seed, known, configured
+
+    def ask(self) -> tuple[Trial, Values]:
+        trials = self.study.get_trials(deepcopy=False)
+        number = len(trials)
+        waiting = any(trial.state == TrialState.WAITING for trial in trials)
+        if number < len(self.known) and not waiting:
+            self.study.enqueue_trial(self.known[number])
+        self._seed(number)
+        trial = self.study.ask()
+        return trial, self._suggest(trial)
+
+    def adopt(self, frozen: FrozenTrial) -> tuple[Trial, Values]:
+        """Takes up a trial that an earlier launcher asked."""
+        self._seed(frozen.number)
+        trial = Trial(self.study, frozen._trial_id)
+        return trial, self._suggest(trial)
+
+    def _suggest(self, trial: Trial) -> Values:
+        def draw(parameter: Parameter) -> str | int | float | bool | None:
+            self._seed(trial.number, parameter.name)
+            name, spread = parameter.name, parameter.distribution
+            if isinstance(spread, CategoricalDistribution):
+                return trial.suggest_categorical(name, spread.choices)
+            if isinstance(spread, FloatDistribution):
+                return trial.suggest_float(
+                    name, spread.low, spread.high, step=spread.step, log=spread.log
+                )
+            return trial.suggest_int(
+                name, spread.low, spread.high, step=spread.step, log=spread.log
+            )
+
+        return self.space.assign(draw, self.configured)
+
+    def _seed(self, number: int, name: str = "") -> None:
+        state = np.random.SeedSequence([self.seed, number, *name.encode()])
+        seed = int(state.generate_state(1)[0])
+        self.study.sampler = build_sampler(self.sampler, sweep_seed=self.seed, seed=seed)
+
+
+def best_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The best complete trial; of several objectives, the Pareto front."""
+    with suppress(ValueError):  # no trial is complete
+        return list(study.best_trials)
+    return []

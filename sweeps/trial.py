@@ -1,0 +1,151 @@
+"""What a worker executes: one trial, as one run."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.samplers import RandomSampler
+
+from pipeline import start_libraries
+from pipeline.config import DataConfig, RunConfig, without_password
+from pipeline.endings import StopRun
+from sweeps.config import PrunerConfig
+from sweeps.study import build_pruner, open_storage
+
+if TYPE_CHECKING:  # or TensorFlow is imported, which the launcher does without
+    from pipeline.data import Data
+    from pipeline.train import EpochHook, Metrics
+
+# Metric of a run that an objective is.
+METRICS = {"val_accuracy": "saved_val_accuracy", "val_loss": "saved_val_loss"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A trial, as it is sent to a worker.
+
+    Attributes:
+        config: Of the run.
+        command: Command line that repeats it.
+        run_id: Run in MLflow to record in.
+        checkpoint: File that keeps the training after each epoch.
+        objectives: What is optimized.
+        storage: Address of the study's database.
+        study: Name of the study.
+        trial_id: Of the trial in that database.
+        pruner: Decides, with the study, whether the trial goes on.
+    """
+
+    config: RunConfig
+    command: str
+    run_id: str
+    checkpoint: Path
+    objectives: tuple[str, ...]
+    storage: str
+    study: str
+    trial_id: int
+    pruner: PrunerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a trial ended.
+
+    Attributes:
+        state: `COMPLETE`, `PRUNED` or `FAIL` as in Optuna; `STOPPED` by a signal; `BROKEN` when
+            something else than the trial failed: a full disk, a database out of reach.
+        values: One an objective, when complete.
+        reason: In one line, when it failed or is broken.
+    """
+
+    state: str
+    values: tuple[float, ...] = ()
+    reason: str = ""
+
+
+def warm_up() -> None:
+    """What a worker does before its first trial."""
+    start_libraries()
+
+
+def run_trial(job: Job) -> Outcome:
+    """Trains one configuration, reports each epoch to the study, and stops when it is pruned."""
+    from pipeline.run import execute_run
+    from pipeline.tracking import STORE_ERRORS
+
+    try:
+        result = execute_run(
+            job.config,
+            job.command,
+            on_epoch_end=_reporter(job),
+            data=_load(job.config.data),
+            run_id=job.run_id,
+            checkpoint=job.checkpoint,
+        )
+    except StopRun:
+        return Outcome(state="PRUNED")
+    except KeyboardInterrupt:
+        return Outcome(state="STOPPED")
+    except (*STORE_ERRORS, StorageInternalError) as error:
+        return Outcome(state="BROKEN", reason=_reason(error))
+    except Exception as error:  # of this configuration: diverged, too large, refused by a library
+        return Outcome(state="FAIL", reason=_reason(error))
+    return Outcome(state="COMPLETE", values=objective_values(job.objectives, result.metrics))
+
+
+def objective_values(objectives: tuple[str, ...], metrics: Metrics) -> tuple[float, ...]:
+    """The objectives among the metrics of a finished run."""
+    return tuple(metrics[METRICS.get(name, name)] for name in objectives)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(without_password(str(error)).split()) or "no reason given"
+    known = isinstance(error, ValueError | ArithmeticError)
+    return (text if known else f"{type(error).__name__}: {text}")[:500]
+
+
+def _reporter(job: Job) -> EpochHook:
+    """Reports the objective of each epoch, where it is one metric of an epoch."""
+    objective = job.objectives[0]
+    if len(job.objectives) > 1 or objective not in METRICS:
+        return lambda epoch, metrics: None
+    study = _open_study(job.storage, job.study, job.pruner)
+    trial = optuna.trial.Trial(study, job.trial_id)
+    reported = study._storage.get_trial(job.trial_id).intermediate_values
+
+    def report(epoch: int, metrics: Metrics) -> None:
+        if epoch not in reported:
+            trial.report(metrics[objective], epoch)
+        if trial.should_prune():
+            raise StopRun
+
+    return report
+
+
+@functools.lru_cache(maxsize=1)
+def _open_study(storage: str, name: str, pruner: PrunerConfig) -> optuna.Study:
+    return optuna.load_study(
+        study_name=name,
+        storage=open_storage(storage),
+        sampler=RandomSampler(),  # asks nothing
+        pruner=build_pruner(pruner),
+    )
+
+
+_loaded: dict[str, Data] = {}
+
+
+def _load(config: DataConfig) -> Data:
+    """The data of the last trial, when it is the same."""
+    from pipeline.data import load
+
+    key = repr(config)
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = load(config)
+    return _loaded[key]

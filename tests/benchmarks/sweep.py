@@ -1,0 +1,260 @@
+"""What a sweep costs, beside the loops that most people write.
+
+    MNIST_NPZ=mnist.npz python -m tests.benchmarks.sweep    # some eight minutes
+    MNIST_NPZ=mnist.npz python -m tests.benchmarks.sweep --only a,c --rounds 3 --json sweep.json
+
+The same 12 trials, each contestant in a process and a folder of its own, start-up included: 20,000
+images of MNIST, 5,000 for validation, two hidden layers, 4 epochs of batch 128, RMSprop.
+
+- a: Optuna's `optimize` around stock Keras `fit` (float images, one-hot labels, TensorFlow's own
+  number of threads), nothing recorded.
+- b: the same, recorded by MLflow's autologging for Keras 3 with its defaults, in SQLite.
+- c: `python -m sweeps.run` with two workers, without pruning; d: the same with `pruner=asha`.
+
+The images of a and b are the first 25,000, those of c and d our own stratified draw. The value of a
+trial is its best `val_accuracy` of an epoch. Of several rounds the medians are shown.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+TRIALS, WORKERS, TRAIN, VALIDATION = 12, 2, 20_000, 5_000
+UNITS, DROPOUT, RATE = "model.hidden_units", "model.dropout_rate", "optimizer.learning_rate"
+CONTESTANTS = {
+    "a": "a: Optuna, stock Keras fit",
+    "b": "b: the same, MLflow autologging",
+    "c": "c: sweeps.run",
+    "d": "d: sweeps.run, pruner=asha",
+}
+PRUNERS = {"c": "none", "d": "asha"}
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # or the network is measured
+    "MNIST_NPZ": str(Path(os.environ.get("MNIST_NPZ", "mnist.npz")).resolve()),
+    "PYTHONPATH": str(ROOT),
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the 12 trials cost a contestant, in seconds."""
+
+    contestant: str
+    wall: float  # from the start of the process to its end
+    processor: float  # of all its processes
+    others: float  # of the processor, all other processes on the machine meanwhile
+    finished: list[tuple[float, float]]  # of each complete trial: since the start; value
+    overhead: float | None  # of a worker, a trial, beyond its training
+
+
+def draw_points() -> list[dict[str, float]]:
+    """The 12 trials, the same in every run, by our dotted names."""
+    uniform, points = np.random.default_rng(0).uniform, []
+    for _ in range(TRIALS):
+        units = round(np.exp(uniform(np.log(64), np.log(1024))))
+        dropout, rate = round(uniform(0, 0.5), 3), float(f"{10 ** uniform(-4, -2):.3g}")
+        points.append({UNITS: units, DROPOUT: dropout, RATE: rate})
+    return points
+
+
+def build_objective() -> Callable[[optuna.Trial], float]:
+    """Loads the images; a trial is then stock Keras."""
+    import keras
+
+    with np.load(os.environ["MNIST_NPZ"]) as arrays:
+        images, labels = (arrays[name][: TRAIN + VALIDATION] for name in ("x_train", "y_train"))
+    x = images.reshape(-1, 784).astype("float32") / 255
+    y = keras.utils.to_categorical(labels, 10)
+    x_train, y_train, validation = x[:TRAIN], y[:TRAIN], (x[TRAIN:], y[TRAIN:])
+
+    def objective(trial: optuna.Trial) -> float:
+        units = trial.suggest_int(UNITS, 64, 1024, log=True)
+        dropout = trial.suggest_float(DROPOUT, 0.0, 0.5)
+        rate = trial.suggest_float(RATE, 1e-4, 1e-2, log=True)
+        model = keras.Sequential([keras.Input((784,))])
+        for _ in range(2):
+            model.add(keras.layers.Dense(units, activation="relu"))
+            model.add(keras.layers.Dropout(dropout))
+        model.add(keras.layers.Dense(10, activation="softmax"))
+        optimizer = keras.optimizers.RMSprop(rate)
+        model.compile(optimizer, "categorical_crossentropy", metrics=["accuracy"])
+        settings = {"batch_size": 128, "epochs": 4, "validation_data": validation, "verbose": 0}
+        return float(max(model.fit(x_train, y_train, **settings).history["val_accuracy"]))
+
+    return objective
+
+
+def optimize(objective: Callable[[optuna.Trial], float]) -> None:
+    """Runs the 12 trials; prints the time and the value at the end of each."""
+    study = optuna.create_study(direction="maximize")
+    for point in draw_points():
+        study.enqueue_trial(point)
+    report = [lambda _, trial: print(json.dumps([time.time(), trial.value]), flush=True)]
+    study.optimize(objective, n_trials=TRIALS, callbacks=report)
+
+
+def run_bare() -> None:
+    optimize(build_objective())
+
+
+def run_autologged() -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    mlflow.keras.autolog()
+    objective = build_objective()
+
+    def recorded(trial: optuna.Trial) -> float:
+        with mlflow.start_run(nested=True):
+            value = objective(trial)
+            mlflow.log_params(trial.params)
+            return value
+
+    with mlflow.start_run():
+        optimize(recorded)
+
+
+RIVALS = {"a": run_bare, "b": run_autologged}
+
+
+def our_command(pruner: str) -> list[str]:
+    points = (",".join(f"{name}:{value!r}" for name, value in p.items()) for p in draw_points())
+    first = ",".join(f"{{{point}}}" for point in points)
+    return [
+        *(sys.executable, "-m", "sweeps.run", "data=mnist", "sweep.name=benchmark"),
+        *(f"data.train_size={TRAIN}", f"data.validation_size={VALIDATION}", "training.epochs=4"),
+        *("training.early_stopping_patience=null", f"pruner={pruner}"),
+        *(f"executor.workers={WORKERS}", f"sweep.trials={TRIALS}", f"sweep.first=[{first}]"),
+        f"{UNITS}=tag(log, int(interval(64, 1024)))",
+        f"{DROPOUT}=interval(0.0, 0.5)",
+        f"{RATE}=tag(log, interval(1e-4, 1e-2))",
+    ]
+
+
+def read_trials(folder: Path) -> list[tuple[float, float, float]]:
+    """Of each complete trial of ours: start and end, in seconds since 1970; value."""
+    storage = f"sqlite:///{folder}/mlruns/optuna.db"
+    trials: list[Any] = optuna.load_study(study_name="benchmark", storage=storage).trials
+    if sorted(trial.params[RATE] for trial in trials) != sorted(p[RATE] for p in draw_points()):
+        sys.exit(f"sweeps.run trained other points: {[trial.params for trial in trials]}")
+    trials = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    return [
+        (t.datetime_start.timestamp(), t.datetime_complete.timestamp(), t.value) for t in trials
+    ]
+
+
+def read_overhead(folder: Path) -> float:
+    """Seconds of a worker that a trial costs beyond `fit_seconds`; of a sweep without pruning.
+
+    From the start of the first trial to the end of the last: a worker's start-up counts where it
+    follows the first trial's start, and so does the time for which the last trial is alone.
+    """
+    trials = read_trials(folder)
+    wall = max(end for _, end, _ in trials) - min(start for start, _, _ in trials)
+    query = """SELECT latest_metrics.value FROM latest_metrics JOIN tags USING (run_uuid)
+        WHERE latest_metrics.key = 'fit_seconds' AND tags.key = 'mlflow.parentRunId'"""
+    with closing(sqlite3.connect(folder / "mlruns" / "mlflow.db")) as database:
+        fits = [float(seconds) for (seconds,) in database.execute(query)]
+    if not len(fits) == len(trials) == TRIALS:
+        sys.exit(
+            f"{len(trials)} trials are complete, {len(fits)} runs have fit_seconds, of {TRIALS}"
+        )
+    return (wall * WORKERS - sum(fits)) / TRIALS
+
+
+def processor_times() -> npt.NDArray[np.float64]:
+    """Seconds of the processor: of ended descendants, and of the whole machine."""
+    children, machine = resource.getrusage(resource.RUSAGE_CHILDREN), psutil.cpu_times()
+    return np.array([sum(children[:2]), sum(machine[:3])])  # user, (nice,) system
+
+
+def measure(contestant: str) -> Sweep:
+    """Runs a contestant; exits with its output if it fails."""
+    command = [sys.executable, "-m", "tests.benchmarks.sweep", "--contestant", contestant]
+    if contestant in PRUNERS:
+        command = our_command(PRUNERS[contestant])
+    with tempfile.TemporaryDirectory() as name:
+        folder, environment = Path(name), os.environ | ENVIRONMENT
+        spent, started, clock = processor_times(), time.time(), time.perf_counter()
+        ended = subprocess.run(
+            command, check=False, cwd=folder, env=environment, capture_output=True, text=True
+        )
+        wall, spent = time.perf_counter() - clock, processor_times() - spent
+        if ended.returncode:
+            sys.exit(f"{contestant} failed: {command}\n{ended.stdout}\n{ended.stderr}")
+        lines = [json.loads(line) for line in ended.stdout.splitlines() if line[:2] == "[1"]
+        ends = [trial[1:] for trial in read_trials(folder)] if contestant in PRUNERS else lines
+        overhead = read_overhead(folder) if contestant == "c" else None
+    finished = [(seconds - started, value) for seconds, value in ends]
+    return Sweep(contestant, wall, spent[0], spent[1] - spent[0], finished, overhead)
+
+
+def to_figures(sweep: Sweep, turns: list[Sweep]) -> list[float]:
+    """The row of a sweep, among all of its round."""
+    bests = {turn.contestant: max(value for _, value in turn.finished) for turn in turns}
+    reached = min(seconds for seconds, value in sweep.finished if value >= min(bests.values()))
+    ratios = [turn.wall / sweep.wall for turn in turns if turn.contestant in RIVALS]
+    return [sweep.wall, sweep.processor, sweep.others, bests[sweep.contestant], reached, *ratios]
+
+
+def build_table(rounds: list[list[Sweep]]) -> Table:
+    versions = [f"{name} {version(name)}" for name in ("tensorflow", "keras", "optuna", "mlflow")]
+    machine = f"{os.cpu_count()} x {platform.machine()}"
+    caption = ", ".join([machine, f"Python {platform.python_version()}", *versions])
+    table = Table(title=f"{TRIALS} trials, {len(rounds)} round(s)", caption=caption)
+    ratios = [f"as fast as {s.contestant}" for s in rounds[0] if s.contestant in RIVALS]
+    for head in ("", "wall s", "processor s", "others s", "best", "to least best s", *ratios):
+        table.add_column(head, justify="right" if head else "left")
+    figures = [[to_figures(sweep, turns) for sweep in turns] for turns in rounds]
+    digits = (1, 1, 1, 4, 1, 2, 2)
+    for sweep, row in zip(rounds[0], np.median(figures, axis=0), strict=True):
+        cells = [f"{value:.{places}f}" for value, places in zip(row, digits, strict=False)]
+        table.add_row(CONTESTANTS[sweep.contestant], *cells)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compares ways to do the same 12 trials.")
+    parser.add_argument("--rounds", type=int, default=1, help="in each, the contestants take turns")
+    parser.add_argument("--only", default="a,b,c,d", help="contestants, separated by commas")
+    parser.add_argument("--json", type=Path, help="file for all that was measured")
+    parser.add_argument("--contestant", choices=RIVALS, help="run it here, in this process")
+    options = parser.parse_args()
+    if options.contestant:
+        RIVALS[options.contestant]()
+        return
+    contestants = options.only.split(",")
+    rounds = [[measure(name) for name in contestants] for _ in range(options.rounds)]
+    if options.json:
+        options.json.write_text(json.dumps(rounds, default=asdict, indent=1) + "\n")
+    Console(width=120).print(build_table(rounds))
+    turns = [turn for turns in rounds for turn in turns]
+    if overheads := [turn.overhead for turn in turns if turn.overhead is not None]:
+        print(f"c: {np.median(overheads):.2f} s of a worker a trial beyond its training")
+
+
+if __name__ == "__main__":
+    main()
