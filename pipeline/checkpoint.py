@@ -1,15 +1,19 @@
 """The whole state of a training in one file, from which another process goes on with it."""
 
+from __future__ import annotations
+
 import json
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import keras
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:  # or TensorFlow is imported
+    import keras
 
 Array = npt.NDArray[Any]
 

@@ -12,19 +12,12 @@ from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
-LOCK_TIMEOUT = 60  # seconds that a writer waits for another one
-
 
 def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite address, absolute; None for another database or a server."""
     if not uri.startswith("sqlite:///"):
         return None
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
-
-
-def sqlite_uri(path: Path) -> str:
-    """Address of a SQLite file, whose writers wait for one another."""
-    return f"sqlite:///{path}?timeout={LOCK_TIMEOUT}"
 
 
 def create_sqlite(path: Path, fill: Callable[[str], None]) -> None:

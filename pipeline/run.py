@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,12 +36,14 @@ class RunResult:
         run_id: In MLflow.
         name: In MLflow.
         metrics: Of the whole run, as recorded.
+        training_seconds: Of `fit_seconds`, without recording each epoch and the caller's hook.
         ui: What to do to see the run in the MLflow UI.
     """
 
     run_id: str
     name: str
     metrics: Metrics
+    training_seconds: float
     ui: str
 
 
@@ -89,13 +92,16 @@ def execute_run(
     with start_run(config, data, command, run_id=run_id) as run:
         recorded = run.metrics if run_id else {}
         best = {name: value for name, value in recorded.items() if name.startswith("best_")}
+        hook_seconds: list[float] = []
 
         def report(epoch: int, metrics: Metrics) -> None:
+            start = time.perf_counter()
             if epoch > recorded.get("epoch", 0):
                 if metrics.get("val_accuracy", -1.0) > best.get("best_val_accuracy", -1.0):
                     best.update(best_val_accuracy=metrics["val_accuracy"], best_epoch=epoch)
                 run.log_metrics({"epoch": epoch, **metrics, **best}, step=epoch)
             on_epoch_end(epoch, metrics)
+            hook_seconds.append(time.perf_counter() - start)
 
         history = train(
             model,
@@ -115,10 +121,18 @@ def execute_run(
             if data.validation:
                 judged = evaluate(model, data.validation)
             _draw(run, data, history, judged)
-        run.log_metrics({name: metrics[name] for name in metrics.keys() - best.keys()})
-        run.log_model(model, data)
+        if run_id:
+            run.delete_models()
+        run.log_model(model, data, {name: metrics[name] for name in metrics.keys() - best.keys()})
         run.describe(_description(metrics, command))
-    return RunResult(run_id=run.run_id, name=run.name, metrics=metrics, ui=run.ui)
+    training_seconds = history.fit_seconds - sum(hook_seconds)
+    return RunResult(
+        run_id=run.run_id,
+        name=run.name,
+        metrics=metrics,
+        training_seconds=training_seconds,
+        ui=run.ui,
+    )
 
 
 def _look(run: Run, model: keras.Model, data: Data) -> tuple[Metrics, Evaluation]:

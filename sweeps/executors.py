@@ -47,7 +47,7 @@ class LocalExecutor:
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
         for number in range(workers):
             self._idle.put(number)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="worker")
+        self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="worker")
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Executes a module's function in a worker, as soon as one is idle."""
@@ -70,10 +70,10 @@ class LocalExecutor:
         for worker in self._workers:
             worker.interrupt()
 
-    def stop(self) -> None:
-        """Ends the workers, after a grace if jobs are under way."""
+    def stop(self, grace: float = GRACE) -> None:
+        """Ends the workers; those with a job under way are killed after some seconds of grace."""
         self.interrupt()
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + grace
         for worker in self._workers:
             worker.end(deadline)
         self._threads.shutdown(cancel_futures=True)

@@ -25,7 +25,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.config import TrackingConfig
-from pipeline.database import LOCK_TIMEOUT, alone, create_sqlite, sqlite_path
+from pipeline.database import alone, create_sqlite, sqlite_path
 from sweeps.config import (
     AshaConfig,
     CmaEsConfig,
@@ -40,6 +40,7 @@ from sweeps.config import (
 )
 from sweeps.space import Parameter, Space, Values
 
+LOCK_TIMEOUT = 60  # seconds that a writer waits for another one
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -85,6 +86,7 @@ def _me() -> str:
 
 @contextmanager
 def _hold_file(name: str, folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
     lock, holder = folder / f".sweep-{name}.lock", folder / f".sweep-{name}.holder"
     try:
         with FileLock(lock, timeout=0):
@@ -118,6 +120,17 @@ def _hold_on_server(name: str, uri: str) -> Iterator[None]:
             )
             raise HeldError(f"sweep.name={name} is being run by {by or 'another process'}.")
         yield
+
+
+def find_study(name: str, uri: str) -> optuna.Study | None:
+    """The study of that name, if there is one; creates nothing."""
+    path = sqlite_path(uri)
+    if path and not path.exists():
+        return None
+    try:
+        return optuna.load_study(study_name=name, storage=open_storage(uri))
+    except KeyError:
+        return None
 
 
 def open_study(name: str, storage: RDBStorage, directions: Sequence[Direction]) -> optuna.Study:
@@ -186,7 +199,6 @@ def build_sampler(config: SamplerConfig, *, sweep_seed: int, seed: int) -> BaseS
                 multivariate=True,
                 group=config.group,
                 constant_liar=config.constant_liar,
-                warn_independent_sampling=False,
                 seed=seed,
             )
         case CmaEsConfig():

@@ -61,11 +61,13 @@ class Outcome:
             something else than the trial failed: a full disk, a database out of reach.
         values: One an objective, when complete.
         reason: In one line, when it failed or is broken.
+        seconds: Spent in training alone, when complete.
     """
 
     state: str
     values: tuple[float, ...] = ()
     reason: str = ""
+    seconds: float = 0.0
 
 
 def warm_up() -> None:
@@ -95,7 +97,8 @@ def run_trial(job: Job) -> Outcome:
         return Outcome(state="BROKEN", reason=_reason(error))
     except Exception as error:  # of this configuration: diverged, too large, refused by a library
         return Outcome(state="FAIL", reason=_reason(error))
-    return Outcome(state="COMPLETE", values=objective_values(job.objectives, result.metrics))
+    values = objective_values(job.objectives, result.metrics)
+    return Outcome(state="COMPLETE", values=values, seconds=result.training_seconds)
 
 
 def objective_values(objectives: tuple[str, ...], metrics: Metrics) -> tuple[float, ...]:

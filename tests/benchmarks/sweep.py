@@ -1,7 +1,6 @@
 """What a sweep costs, beside the loops that most people write.
 
-    MNIST_NPZ=mnist.npz python -m tests.benchmarks.sweep    # some eight minutes
-    MNIST_NPZ=mnist.npz python -m tests.benchmarks.sweep --only a,c --rounds 3 --json sweep.json
+    MNIST_NPZ=mnist.npz python -m tests.benchmarks.sweep    # some eight minutes; see --help
 
 The same 12 trials, each contestant in a process and a folder of its own, start-up included: 20,000
 images of MNIST, 5,000 for validation, two hidden layers, 4 epochs of batch 128, RMSprop.
@@ -12,7 +11,9 @@ images of MNIST, 5,000 for validation, two hidden layers, 4 epochs of batch 128,
 - c: `python -m sweeps.run` with two workers, without pruning; d: the same with `pruner=asha`.
 
 The images of a and b are the first 25,000, those of c and d our own stratified draw. The value of a
-trial is its best `val_accuracy` of an epoch. Of several rounds the medians are shown.
+trial is its best `val_accuracy` of an epoch. "others": processor time of all else on the machine
+meanwhile; "to least best": until a trial reached the lowest of the contestants' best values; "as
+fast as": ratios of wall time. Of several rounds the medians are shown.
 """
 
 import argparse
@@ -65,7 +66,7 @@ class Sweep:
     contestant: str
     wall: float  # from the start of the process to its end
     processor: float  # of all its processes
-    others: float  # of the processor, all other processes on the machine meanwhile
+    others: float  # of the processor, by all other processes meanwhile
     finished: list[tuple[float, float]]  # of each complete trial: since the start; value
     overhead: float | None  # of a worker, a trial, beyond its training
 
@@ -187,8 +188,8 @@ def read_overhead(folder: Path) -> float:
 
 def processor_times() -> npt.NDArray[np.float64]:
     """Seconds of the processor: of ended descendants, and of the whole machine."""
-    children, machine = resource.getrusage(resource.RUSAGE_CHILDREN), psutil.cpu_times()
-    return np.array([sum(children[:2]), sum(machine[:3])])  # user, (nice,) system
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return np.array([sum(children[:2]), sum(psutil.cpu_times()[:3])])  # user, (nice,) system
 
 
 def measure(contestant: str) -> Sweep:
@@ -222,9 +223,8 @@ def to_figures(sweep: Sweep, turns: list[Sweep]) -> list[float]:
 
 def build_table(rounds: list[list[Sweep]]) -> Table:
     versions = [f"{name} {version(name)}" for name in ("tensorflow", "keras", "optuna", "mlflow")]
-    machine = f"{os.cpu_count()} x {platform.machine()}"
-    caption = ", ".join([machine, f"Python {platform.python_version()}", *versions])
-    table = Table(title=f"{TRIALS} trials, {len(rounds)} round(s)", caption=caption)
+    caption = ", ".join([f"{os.cpu_count()} processors", platform.platform(), *versions])
+    table = Table(title=f"{TRIALS} trials, rounds: {len(rounds)}", caption=caption)
     ratios = [f"as fast as {s.contestant}" for s in rounds[0] if s.contestant in RIVALS]
     for head in ("", "wall s", "processor s", "others s", "best", "to least best s", *ratios):
         table.add_column(head, justify="right" if head else "left")
@@ -246,11 +246,10 @@ def main() -> None:
     if options.contestant:
         RIVALS[options.contestant]()
         return
-    contestants = options.only.split(",")
-    rounds = [[measure(name) for name in contestants] for _ in range(options.rounds)]
+    rounds = [[measure(name) for name in options.only.split(",")] for _ in range(options.rounds)]
     if options.json:
         options.json.write_text(json.dumps(rounds, default=asdict, indent=1) + "\n")
-    Console(width=120).print(build_table(rounds))
+    Console(width=140).print(build_table(rounds))
     turns = [turn for turns in rounds for turn in turns]
     if overheads := [turn.overhead for turn in turns if turn.overhead is not None]:
         print(f"c: {np.median(overheads):.2f} s of a worker a trial beyond its training")

@@ -93,7 +93,7 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A configuration, and the epochs that its training takes, of 5 at most."""
+    """A configuration, and the epochs that its training takes."""
 
     option: str = "optimizer=rmsprop"
     model: dict[str, Any]
@@ -134,7 +134,8 @@ CASES = {
     "rmsprop compiled": replace(
         PLAIN,
         model={"dropout_rate": 0.2, "batch_normalization": True},
-        training={"compile": "always", "restore_best_weights": True},
+        training={"compile": "always", "restore_best_weights": True, "epochs": 3},
+        trained=3,
     ),
     "adam with a schedule": replace(
         PLAIN,
@@ -152,11 +153,15 @@ CASES = {
             "momentum": 0.9,
             "nesterov": True,
         },
-        training={"compile": "always", "restore_best_weights": False},
+        training={"compile": "always", "restore_best_weights": False, "epochs": 3},
+        trained=3,
     ),
     "without validation": replace(PLAIN, validation=False),
     "without validation compiled": replace(
-        PLAIN, validation=False, training={"compile": "always", "restore_best_weights": True}
+        PLAIN,
+        validation=False,
+        training={"compile": "always", "restore_best_weights": True, "epochs": 2},
+        trained=2,
     ),
     **{
         f"stops early, best weights {restore}": replace(

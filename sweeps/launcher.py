@@ -1,0 +1,274 @@
+"""The launcher's loop: asks, has trials executed, tells, shows."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.trial import Trial, TrialState
+
+from sweeps.display import SHOWN, Display, Running, settings
+from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
+from sweeps.plan import Plan
+from sweeps.space import Values
+from sweeps.study import Asker
+from sweeps.trial import Job, Outcome, objective_values, run_trial
+
+if TYPE_CHECKING:  # or MLflow is imported
+    from pipeline.tracking import Run
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 2  # a trial that killed so many workers is not tried again
+TICK = 0.5  # seconds between two looks at the running trials
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flight:
+    """A trial under way.
+
+    Attributes:
+        trial: In the study.
+        values: What is searched in it.
+        run: In MLflow.
+        job: What a worker was given.
+        since: When its worker became free for it, as of `time.monotonic`.
+        is_first: Whether its worker may have had to start for it.
+    """
+
+    trial: Trial
+    values: Values
+    run: Run
+    job: Job
+    since: float
+    is_first: bool
+
+
+@dataclass(kw_only=True)
+class Launcher:
+    """One sweep that is being run. It alone asks the study and tells it.
+
+    Attributes:
+        plan: The sweep.
+        study: In Optuna, of the sweep's name.
+        storage: Address of its database.
+        parent: The sweep's run in MLflow.
+        executor: Executes trials.
+        workers: Of the executor.
+        display: Shows them.
+        received: Signals that tell to stop; grows meanwhile.
+    """
+
+    plan: Plan
+    study: optuna.Study
+    storage: str
+    parent: Run
+    executor: LocalExecutor
+    workers: int
+    display: Display
+    received: list[int]
+    flights: dict[Future[Outcome], Flight] = field(default_factory=dict)
+    overheads: list[float] = field(default_factory=list)
+    broken: str = ""
+    last_failure: str = ""
+
+    def __post_init__(self) -> None:
+        config = self.plan.config
+        self.asker = Asker(
+            self.study,
+            self.plan.space,
+            config.sampler,
+            seed=config.sweep.seed,
+            known=self.plan.known,
+            configured=self.plan.configured,
+        )
+        self.progress = self.display.progress
+        self.started = time.monotonic()
+        self.seconds_before: float = self.study.user_attrs.get("seconds", 0.0)
+
+    # --- the loop ------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Runs trials until the budget is reached or there is a reason to stop."""
+        self.parent.reopen()
+        with self.display:
+            self.fly(self.take_up())
+        self.land()
+
+    def fly(self, waiting: list[tuple[Trial, Values]]) -> None:
+        """The loop.
+
+        Args:
+            waiting: Trials that were asked before.
+        """
+        free = [(time.monotonic(), True)] * self.workers
+        while not self.must_stop():
+            while free and (waiting or self.may_ask()):
+                since, is_first = free.pop()
+                trial, values = waiting.pop(0) if waiting else self.asker.ask()
+                self.submit(trial, values, since=since, is_first=is_first)
+            if not self.flights:
+                break
+            done, _ = wait(self.flights, timeout=TICK, return_when=FIRST_COMPLETED)
+            for future in done:
+                free.append((time.monotonic(), False))
+                flight = self.flights.pop(future)
+                if self.settle(flight, future):
+                    waiting.append((flight.trial, flight.values))
+            if self.display.is_live:
+                flights = list(self.flights.values())[:SHOWN]
+                self.display.running = [self.look(flight) for flight in flights]
+
+    def must_stop(self) -> bool:
+        return bool(self.received or self.broken or self.is_over or self.has_failed)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time of the sweep is up."""
+        timeout = self.plan.config.sweep.timeout
+        return timeout is not None and self.seconds() >= timeout
+
+    @property
+    def has_failed(self) -> bool:
+        return self.progress.failed >= self.plan.config.sweep.max_failures
+
+    def seconds(self) -> float:
+        """Of work on the sweep, over all its interruptions."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def may_ask(self) -> bool:
+        return self.progress.finished + len(self.flights) < self.plan.trials
+
+    def take_up(self) -> list[tuple[Trial, Values]]:
+        """Trials that an earlier launcher asked and did not tell."""
+        waiting = []
+        for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            trial, values = self.asker.adopt(frozen)
+            run = self.run_of(trial, values)
+            if run.status == "FINISHED":  # all is done but the telling
+                metrics = run.metrics
+                values_told = objective_values(self.plan.config.sweep.objectives, metrics)
+                outcome = Outcome(state="COMPLETE", values=values_told)
+                self.tell(trial, run, outcome, seconds=metrics["fit_seconds"])
+            else:
+                waiting.append((trial, values))
+        return waiting
+
+    def land(self) -> None:
+        """Stops what is under way, and leaves it to be gone on with."""
+        if self.flights:
+            self.executor.interrupt()
+            done, running = wait(self.flights, timeout=GRACE)
+            for future in done:
+                self.settle(self.flights[future], future)
+            for future in running:
+                self.flights[future].run.end("KILLED")
+            self.flights.clear()
+        self.study.set_user_attr("seconds", self.seconds())
+
+    def abandon(self) -> None:
+        """Ends what can be ended when this launcher failed; a later one takes up the rest."""
+        self.executor.stop(grace=0)
+        with suppress(Exception):  # what failed may be the store
+            for flight in self.flights.values():
+                flight.run.end("KILLED")
+            self.parent.end("KILLED")
+
+    # --- one trial -----------------------------------------------------------------------
+
+    def submit(self, trial: Trial, values: Values, *, since: float, is_first: bool) -> None:
+        config, run = self.plan.config, self.run_of(trial, values)
+        job = Job(
+            config=self.plan.trial_config(values),
+            command=self.plan.command(values, "evaluate_test=false"),
+            run_id=run.run_id,
+            checkpoint=self.checkpoint(run),
+            objectives=config.sweep.objectives,
+            storage=self.storage,
+            study=self.study.study_name,
+            trial_id=trial._trial_id,
+            pruner=config.pruner,
+        )
+        flight = Flight(
+            trial=trial, values=values, run=run, job=job, since=since, is_first=is_first
+        )
+        self.flights[self.executor.submit(run_trial, job)] = flight
+
+    def run_of(self, trial: Trial, values: Values) -> Run:
+        """The trial's one run: that of an earlier try, or a new one."""
+        from pipeline.tracking import Run, create_run, find_run
+
+        name = f"trial-{trial.number:03d} {settings(values)}"
+        if run_id := trial.user_attrs.get("run_id"):
+            return Run(run_id=run_id, name=name, store=self.parent.store)
+        tags = {"sweep": self.study.study_name, "trial": trial.number}
+        run = find_run(self.parent.store, tags, parent=self.parent) or create_run(
+            self.parent.store, name, tags, parent=self.parent
+        )
+        trial.set_user_attr("run_id", run.run_id)
+        return run
+
+    def checkpoint(self, run: Run) -> Path:
+        directory = Path(self.plan.config.tracking.directory).absolute()
+        return directory / "checkpoints" / f"{run.run_id}.npz"
+
+    def settle(self, flight: Flight, future: Future[Outcome]) -> bool:
+        """Does what follows from the end of a trial; returns whether it is to be tried again."""
+        number, run = flight.trial.number, flight.run
+        seconds = time.monotonic() - flight.since
+        try:
+            outcome = future.result()
+        except WorkerDiedError as error:
+            deaths = flight.trial.user_attrs.get("deaths", 0) + 1
+            if self.must_stop():
+                outcome = Outcome(state="STOPPED")
+            elif deaths < MAX_DEATHS:
+                log.warning("trial %d: %s It is tried again.", number, error)
+                flight.trial.set_user_attr("deaths", deaths)
+                return True
+            else:
+                outcome = Outcome(state="FAIL", reason=f"{error} It was trial {number}'s {deaths}.")
+        if outcome.state == "STOPPED":
+            run.end("KILLED")
+        elif outcome.state == "BROKEN":
+            self.broken = outcome.reason
+            with suppress(Exception):  # what is broken may be the store
+                run.end("FAILED", error=outcome.reason)
+        else:
+            if outcome.state == "COMPLETE" and not flight.is_first:
+                self.overheads.append(seconds - outcome.seconds)
+            self.progress.seconds.append(seconds)
+            self.tell(flight.trial, run, outcome, seconds=seconds)
+        return False
+
+    def tell(self, trial: Trial, run: Run, outcome: Outcome, *, seconds: float) -> None:
+        """Ends the trial, once its run has ended."""
+        if outcome.state == "FAIL":
+            run.end("FAILED", error=outcome.reason)
+            trial.set_user_attr("reason", outcome.reason)
+            self.last_failure = f"trial {trial.number}: {outcome.reason}"
+        trial.set_user_attr("seconds", seconds)
+        values = outcome.values or None
+        frozen = self.study.tell(trial, values, state=TrialState[outcome.state])
+        self.checkpoint(run).unlink(missing_ok=True)
+        self.study.set_user_attr("seconds", self.seconds())
+        self.progress.add(frozen)
+        self.parent.log_metrics(self.progress.metrics, step=self.progress.finished)
+        self.display.print_trial(frozen, outcome.reason, seconds)
+
+    def look(self, flight: Flight) -> Running:
+        metrics = flight.run.metrics
+        return Running(
+            number=flight.trial.number,
+            values=flight.values,
+            epoch=int(metrics.get("epoch", 0)),
+            epochs=flight.job.config.training.epochs,
+            value=metrics.get(self.plan.config.sweep.objectives[0]),
+            seconds=time.monotonic() - flight.since,
+        )

@@ -1,0 +1,231 @@
+"""What a sweep will do, checked whole before anything is stored: trials as configurations."""
+
+import itertools
+import logging
+import random
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from pipeline.compose import Composer, Value
+from pipeline.config import RunConfig, flatten
+from sweeps.config import VARIANTS, GridConfig, SweepConfig
+from sweeps.space import Parameter, Space, Values, build_space, run_overrides
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A sweep that can be run.
+
+    Attributes:
+        config: The sweep, and the run it varies.
+        space: What is searched.
+        known: Configurations that come first, in this order; of a grid, all.
+        configured: Value of each name a condition looks at, where it is not searched.
+        overrides: Of the command line, those of the run.
+        composer: Makes a trial's configuration.
+    """
+
+    config: SweepConfig
+    space: Space
+    known: list[Values]
+    configured: Values
+    overrides: list[str]
+    composer: Composer[SweepConfig]
+
+    @property
+    def trials(self) -> int:
+        """Trials until the sweep is done."""
+        if isinstance(self.config.sampler, GridConfig):
+            return min(self.config.sweep.trials, len(self.known))
+        return self.config.sweep.trials
+
+    @property
+    def workers(self) -> int:
+        """Trials at once."""
+        return min(self.config.executor.count(self.config.training.threads), self.trials)
+
+    @property
+    def declarations(self) -> dict[str, str]:
+        """What each name is searched over, as it was written, and when."""
+        return {
+            parameter.name: parameter.declaration
+            + (f" when {parameter.condition.declaration}" if parameter.condition else "")
+            for parameter in self.space.parameters
+        }
+
+    def trial_config(self, values: Mapping[str, Value]) -> RunConfig:
+        """The run of a trial.
+
+        Raises:
+            ValueError: The values are refused, alone or together.
+        """
+        return self.composer({**self.space.fixed, **values}).run
+
+    def command(self, values: Mapping[str, Value], *more: str) -> str:
+        """The command line of the run of a trial."""
+        chosen = {**self.space.fixed, **values}
+        overrides = [to_override(name, value) for name, value in chosen.items()]
+        return shlex.join(["python", "-m", "pipeline.run", *self.overrides, *overrides, *more])
+
+    def corners(self, *, most: int) -> list[Values]:
+        """Every combination of extreme values, or a random choice of so many."""
+        count = 1
+        for parameter in self.space.parameters:
+            count *= len(parameter.ends)
+        if count <= most:
+            return self.space.combinations(lambda parameter: parameter.ends, self.configured)
+        rng = random.Random(0)
+        return [
+            self.space.assign(lambda parameter: rng.choice(parameter.ends), self.configured)
+            for _ in range(most)
+        ]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """All that must be the same when the sweep is gone on with, but its data."""
+        base = self.composer(self.space.fixed).run
+        searched = {p.name for p in self.space.parameters if p.condition is None}
+        settings = {
+            name: value
+            for name, value in flatten(asdict(base))
+            if not name.startswith(("data.", "tracking.")) and name not in searched
+        }
+        space = {f"search.space['{name}']": text for name, text in self.declarations.items()}
+        return {"sweep.objective": ", ".join(self.config.sweep.objectives), **space, **settings}
+
+
+def build_plan(config: SweepConfig, overrides: Sequence[str], searched: Mapping[str, str]) -> Plan:
+    """Reads the search space and checks it: each name, each extreme value, each condition.
+
+    Args:
+        config: The sweep.
+        overrides: The command line, without what it searches.
+        searched: What the command line searches.
+
+    Raises:
+        ValueError: A declaration, or a value it leads to, is refused.
+    """
+    composer = Composer("sweep", overrides, SweepConfig, VARIANTS)
+    space = build_space(config.search, searched, overrides)
+    configured = {
+        parameter.condition.name: composer.value(parameter.condition.name)
+        for parameter in space.parameters
+        if parameter.condition
+    } | space.fixed
+    for values in _probes(space, configured):
+        _check(space, values, composer)
+    known = _first(config, space, configured, composer)
+    if isinstance(config.sampler, GridConfig):
+        known += _grid(config.sampler, config.sweep.seed, space, configured, known)
+    return Plan(
+        config=config,
+        space=space,
+        known=known,
+        configured=configured,
+        overrides=run_overrides(overrides),
+        composer=composer,
+    )
+
+
+def to_override(name: str, value: Value) -> str:
+    """A value as on the command line; a string is quoted where Hydra's grammar needs it."""
+    if value is None or isinstance(value, bool):
+        return f"{name}={str(value).lower() if value is not None else 'null'}"
+    plain = f"{name}={value}"
+    if isinstance(value, str):
+        try:
+            if OverridesParser.create().parse_override(plain).value() != value:
+                raise HydraException
+        except HydraException:
+            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+            return f"{name}='{escaped}'"
+    return plain
+
+
+def _probes(space: Space, configured: Values) -> list[Values]:
+    """Each extreme value of each parameter at least once, with the first one of the others."""
+    probes = []
+    for parameter in space.parameters:
+        varied = {parameter.name, *_ancestors(parameter, space)}
+        probes += space.combinations(
+            lambda each, varied=varied: each.ends if each.name in varied else each.ends[:1],  # type: ignore[misc]
+            configured,
+        )
+    return list({tuple(probe.items()): probe for probe in probes}.values())
+
+
+def _ancestors(parameter: Parameter, space: Space) -> set[str]:
+    """Names that decide, through conditions, whether a parameter is searched."""
+    if parameter.condition is None:
+        return set()
+    parents = [each for each in space.parameters if each.name == parameter.condition.name]
+    above = itertools.chain.from_iterable(_ancestors(each, space) for each in parents)
+    return {parameter.condition.name, *above}
+
+
+def _check(space: Space, values: Values, composer: Composer[SweepConfig]) -> None:
+    try:
+        composer({**space.fixed, **values})
+    except ValueError as error:
+        name = _culprit(str(error), space, values)
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _culprit(message: str, space: Space, values: Values) -> str:
+    """The declaration a message is about, else all values."""
+    for parameter in space.parameters:
+        if message.startswith((f"{parameter.name} ", f"{parameter.name}:", f"{parameter.name}=")):
+            return f"search.space['{parameter.name}']: {parameter.declaration}"
+    return "search.space, at " + " ".join(to_override(*item) for item in values.items())
+
+
+def _first(
+    config: SweepConfig, space: Space, configured: Values, composer: Composer[SweepConfig]
+) -> list[Values]:
+    """The configurations of `sweep.first`, each completed by the values as configured."""
+    names = [parameter.name for parameter in space.parameters]
+    known: list[Values] = []
+    for number, given in enumerate(config.sweep.first):
+        where = f"sweep.first[{number}]"
+        if strange := [name for name in given if name not in names]:
+            raise ValueError(
+                f"{where}: {strange[0]} is not searched; the searched names are {', '.join(names)}."
+            )
+
+        def choose(parameter: Parameter, given: Mapping[str, Any] = given) -> Value:
+            name = parameter.name
+            return given[name] if name in given else composer.value(name)
+
+        values = space.assign(choose, configured)
+        outside = [
+            p for p in space.parameters if p.name in values and not p.contains(values[p.name])
+        ]
+        for parameter in outside:
+            text = f"{where}: {to_override(parameter.name, values[parameter.name])}"
+            if parameter.name in given:
+                raise ValueError(f"{text} lies outside {parameter.declaration}.")
+            log.warning("%s, as configured, lies outside %s: left out", text, parameter.declaration)
+        if not outside and values not in known:
+            _check(space, values, composer)
+            known.append(values)
+    return known
+
+
+def _grid(
+    config: GridConfig, seed: int, space: Space, configured: Values, known: Sequence[Values]
+) -> list[Values]:
+    size = 1
+    for parameter in space.parameters:
+        size *= len(parameter.points(config.points))
+    if size > 100_000:
+        raise ValueError(f"sampler=grid: {size:,} combinations; use fewer names or sampler.points.")
+    grid = space.combinations(lambda parameter: parameter.points(config.points), configured)
+    random.Random(seed).shuffle(grid)
+    return [values for values in grid if values not in known]

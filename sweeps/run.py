@@ -1,0 +1,255 @@
+"""One sweep: plan, stores, workers, the launcher's loop, the result; the command line of it."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from statistics import median
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import optuna
+from coolname import generate_slug
+from optuna.trial import TrialState
+from rich.console import Console
+
+from pipeline.compose import Terminated, run_cli
+from pipeline.config import without_password
+from sweeps import dry_run
+from sweeps.config import VARIANTS, SweepConfig
+from sweeps.display import Display, Progress, importance_table, number, top_table
+from sweeps.executors import LocalExecutor
+from sweeps.launcher import Launcher
+from sweeps.plan import Plan, build_plan
+from sweeps.space import split_command_line
+from sweeps.study import (
+    FINISHED,
+    best_trials,
+    check_identity,
+    find_study,
+    hold,
+    open_storage,
+    open_study,
+    storage_uri,
+)
+from sweeps.trial import warm_up
+
+if TYPE_CHECKING:  # or TensorFlow is imported
+    from pipeline.data import Data
+    from pipeline.tracking import Run
+
+TOP = 5  # trials shown at the end
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class SweepFailedError(OSError):
+    """The sweep cannot go on; what it has is kept."""
+
+
+def main(
+    config: SweepConfig, overrides: list[str], *, searched: dict[str, str], arguments: list[str]
+) -> None:
+    """Runs a sweep, or goes on with it.
+
+    Args:
+        config: The sweep.
+        overrides: The command line, without what it searches.
+        searched: What the command line searches.
+        arguments: The command line, whole.
+    """
+    plan = build_plan(config, overrides, searched)
+    if config.sweep.dry_run:
+        dry_run.show(plan, console)
+        return
+    storage = storage_uri(config.study, config.tracking)
+    name = config.sweep.name or generate_slug(2)
+    command = shlex.join(["python", "-m", "sweeps.run", *arguments])
+    if config.sweep.name is None:
+        command += f" sweep.name={name}"
+    command = without_password(command)
+    run_sweep(plan, name=name, storage=storage, command=command)
+
+
+def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
+    """Runs a sweep to its budget and prints what it came to.
+
+    Args:
+        plan: The sweep.
+        name: Of it; an unfinished one of that name is gone on with.
+        storage: Address of the study's database.
+        command: Command line that goes on with it.
+
+    Raises:
+        ValueError: The data is refused, or the sweep was started differently.
+        OSError: Another launcher runs it, or something broke.
+        KeyboardInterrupt: A signal stopped it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(hold(name, storage))
+        received = stack.enter_context(_held_signals())
+        is_finished = _is_finished(plan, name, storage)
+        workers = 0 if is_finished else plan.workers
+        executor = stack.enter_context(LocalExecutor(workers, warm_up))
+        data = _load(plan)  # while the workers start
+        study = open_study(name, open_storage(storage), plan.config.sweep.directions)
+        check_identity(study, {**plan.identity, "data": _digest(data)})
+        parent = _parent_run(plan, name, data, command)
+        progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
+        progress.add(*study.get_trials(deepcopy=False))
+        if is_finished:
+            _print_result(plan, study, parent)
+            return
+        console.print(f"Sweep {name}: {progress.counts}; {workers} workers.")
+        launcher = Launcher(
+            plan=plan,
+            study=study,
+            storage=storage,
+            parent=parent,
+            executor=executor,
+            workers=workers,
+            display=Display(console, progress, workers),
+            received=received,
+        )
+        try:
+            launcher.run()
+        except BaseException:
+            launcher.abandon()
+            raise
+        _conclude(launcher, command)
+
+
+def _load(plan: Plan) -> Data:
+    from pipeline.data import load
+
+    return load(plan.config.data)
+
+
+def _digest(data: Data) -> str:
+    """What tells one split of one data set from another."""
+    return " ".join(split.digest[:12] for split in (data.train, data.validation) if split)
+
+
+def _is_finished(plan: Plan, name: str, storage: str) -> bool:
+    """Whether there is a sweep of that name with nothing left to do."""
+    if plan.config.sweep.name is None:
+        return False
+    study = find_study(name, storage)
+    if study is None:
+        return False
+    trials = study.get_trials(deepcopy=False)
+    timeout = plan.config.sweep.timeout
+    is_over = timeout is not None and study.user_attrs.get("seconds", 0.0) >= timeout
+    return is_over or sum(trial.state in FINISHED for trial in trials) >= plan.trials
+
+
+def _parent_run(plan: Plan, name: str, data: Data, command: str) -> Run:
+    """The sweep's own run in MLflow, with its settings; that of before, or a new one."""
+    from pipeline.tracking import create_run, find_run, log_inputs, open_store
+
+    store = open_store(plan.config.tracking)
+    tags = {"sweep": name, "kind": "sweep"}
+    run = find_run(store, tags)
+    if run is None:
+        run = create_run(store, name, tags)
+        settings = asdict(plan.config)
+        settings["search"] = {"space": plan.declarations}
+        log_inputs(run, plan.config, data, command, settings=settings)
+    return run
+
+
+@contextmanager
+def _held_signals() -> Iterator[list[int]]:
+    """Collects the first Ctrl-C or SIGTERM; a second one interrupts at once."""
+    received: list[int] = []
+
+    def hold_back(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise _interruption(number, "Stopped at once.")
+        console.print("Stopping at the end of the batch; once more to stop at once.")
+
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, hold_back) for number in handled}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interruption(number: int, message: str) -> KeyboardInterrupt:
+    kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    return kind(message)
+
+
+def _conclude(launcher: Launcher, command: str) -> None:
+    """Ends the sweep's run, and says what came out or how to go on."""
+    parent, progress = launcher.parent, launcher.progress
+    go_on = f"Go on with: {command}"
+    if launcher.received:
+        parent.end("KILLED")
+        raise _interruption(launcher.received[0], f"Stopped after {progress.counts}. {go_on}")
+    if launcher.broken:
+        parent.end("FAILED", error=launcher.broken)
+        raise SweepFailedError(f"{launcher.broken} Stopped after {progress.counts}. {go_on}")
+    if launcher.has_failed:
+        reason = f"{progress.failed} trials failed, sweep.max_failures={progress.failed}"
+        parent.end("FAILED", error=reason)
+        raise SweepFailedError(f"{reason}; the last one: {launcher.last_failure} {go_on}")
+    parent.end("FINISHED")
+    if progress.finished < progress.budget:
+        console.print(
+            f"The time is up after {progress.counts}. With a larger sweep.timeout, g{go_on[1:]}"
+        )
+    _print_result(launcher.plan, launcher.study, parent)
+    if launcher.overheads:
+        console.print(f"Beyond training: {median(launcher.overheads):.2f} s a trial.")
+
+
+def _print_result(plan: Plan, study: optuna.Study, parent: Run) -> None:
+    """The best trials, what they depend on, how to repeat the best, where to see them."""
+    objectives = plan.config.sweep.objectives
+    best = best_trials(study)
+    console.print()
+    if not best:
+        console.print("No trial is complete.")
+    elif len(objectives) > 1:
+        console.print(top_table(best, objectives, "Pareto front"))
+    else:
+        complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        sign = -1 if plan.config.sweep.directions[0] == "maximize" else 1
+        ranked = sorted(complete, key=lambda trial: (sign * trial.values[0], trial.number))
+        title = f"Best of {len(complete)} complete trials"
+        console.print(top_table(ranked[:TOP], objectives, title))
+        if plan.known and (baseline := study.get_trials(deepcopy=False)[0]).values:
+            console.print(f"\nBaseline (trial 0): {number(baseline.values[0])}")
+    if importances := _importances(study, objectives):
+        console.print()
+        console.print(importance_table(importances, objectives[0]))
+    console.print()
+    for trial in best[:TOP]:
+        console.print(
+            f"Repeat trial {trial.number}, and look at the test split: {plan.command(trial.params)}"
+        )
+    console.print(f"See it: {parent.sweep_ui}")
+
+
+def _importances(study: optuna.Study, objectives: tuple[str, ...]) -> dict[str, float]:
+    """Share of each parameter in the variance of the first objective; empty where unknown."""
+    target = (lambda trial: trial.values[0]) if len(objectives) > 1 else None
+    try:
+        return optuna.importance.get_param_importances(study, target=target)
+    except (ValueError, RuntimeError):  # too few trials, or all alike
+        return {}
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    sys.argv[1:], searched = split_command_line(given)
+    run_cli("sweep", SweepConfig, partial(main, searched=searched, arguments=given), VARIANTS)
