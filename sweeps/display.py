@@ -172,7 +172,7 @@ class Display(AbstractContextManager["Display"]):
                 str(trial.number),
                 f"{trial.epoch}/{trial.epochs}",
                 ProgressBar(total=trial.epochs, completed=trial.epoch, width=12),
-                "" if trial.value is None else number(trial.value),
+                "starting" if trial.value is None else number(trial.value),
                 f"{trial.seconds / trial.epoch:.2f}" if trial.epoch else "",
                 settings(trial.values),
             )

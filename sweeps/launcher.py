@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # or MLflow is imported
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 2  # a trial that killed so many workers is not tried again
+TOLD = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 TICK = 0.5  # seconds between two looks at the running trials
 
 
@@ -76,7 +78,6 @@ class Launcher:
     flights: dict[Future[Outcome], Flight] = field(default_factory=dict)
     overheads: list[float] = field(default_factory=list)
     broken: str = ""
-    last_failure: str = ""
 
     def __post_init__(self) -> None:
         config = self.plan.config
@@ -98,18 +99,24 @@ class Launcher:
         """Runs trials until the budget is reached or there is a reason to stop."""
         self.parent.reopen()
         with self.display:
-            self.fly(self.take_up())
-        self.land()
+            waiting = self.take_up()
+            self.fly(waiting)
+            self.land()
+        for trial, values in waiting:  # no time or budget was left for them
+            self.run_of(trial, values).end("KILLED")
+        self.study.set_user_attr("seconds", self.seconds())
+        if self.progress.finished:  # an earlier launcher may have died before it could
+            self.parent.log_metrics(self.progress.metrics, step=self.progress.finished)
 
     def fly(self, waiting: list[tuple[Trial, Values]]) -> None:
         """The loop.
 
         Args:
-            waiting: Trials that were asked before.
+            waiting: Trials that were asked before; those left over at the end were not needed.
         """
         free = [(time.monotonic(), True)] * self.workers
         while not self.must_stop():
-            while free and (waiting or self.may_ask()):
+            while free and self.may_ask():
                 since, is_first = free.pop()
                 trial, values = waiting.pop(0) if waiting else self.asker.ask()
                 self.submit(trial, values, since=since, is_first=is_first)
@@ -148,6 +155,7 @@ class Launcher:
     def take_up(self) -> list[tuple[Trial, Values]]:
         """Trials that an earlier launcher asked and did not tell."""
         waiting = []
+        self.tidy()
         for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             trial, values = self.asker.adopt(frozen)
             run = self.run_of(trial, values)
@@ -160,6 +168,12 @@ class Launcher:
                 waiting.append((trial, values))
         return waiting
 
+    def tidy(self) -> None:
+        """Deletes checkpoints of trials that were told, which a kill may have left."""
+        for trial in self.study.get_trials(deepcopy=False, states=TOLD):
+            if run_id := trial.user_attrs.get("run_id"):
+                shutil.rmtree(self.checkpoints / run_id, ignore_errors=True)
+
     def land(self) -> None:
         """Stops what is under way, and leaves it to be gone on with."""
         if self.flights:
@@ -170,7 +184,6 @@ class Launcher:
             for future in running:
                 self.flights[future].run.end("KILLED")
             self.flights.clear()
-        self.study.set_user_attr("seconds", self.seconds())
 
     def abandon(self) -> None:
         """Ends what can be ended when this launcher failed; a later one takes up the rest."""
@@ -188,7 +201,7 @@ class Launcher:
             config=self.plan.trial_config(values),
             command=self.plan.command(values, "evaluate_test=false"),
             run_id=run.run_id,
-            checkpoint=self.checkpoint(run),
+            checkpoint=self.checkpoints / run.run_id / "training.npz",
             objectives=config.sweep.objectives,
             storage=self.storage,
             study=self.study.study_name,
@@ -214,9 +227,10 @@ class Launcher:
         trial.set_user_attr("run_id", run.run_id)
         return run
 
-    def checkpoint(self, run: Run) -> Path:
-        directory = Path(self.plan.config.tracking.directory).absolute()
-        return directory / "checkpoints" / f"{run.run_id}.npz"
+    @property
+    def checkpoints(self) -> Path:
+        """Has a folder a trial under way, named after its run."""
+        return Path(self.plan.config.tracking.directory).absolute() / "checkpoints"
 
     def settle(self, flight: Flight, future: Future[Outcome]) -> bool:
         """Does what follows from the end of a trial; returns whether it is to be tried again."""
@@ -252,11 +266,10 @@ class Launcher:
         if outcome.state == "FAIL":
             run.end("FAILED", error=outcome.reason)
             trial.set_user_attr("reason", outcome.reason)
-            self.last_failure = f"trial {trial.number}: {outcome.reason}"
         trial.set_user_attr("seconds", seconds)
         values = outcome.values or None
         frozen = self.study.tell(trial, values, state=TrialState[outcome.state])
-        self.checkpoint(run).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints / run.run_id, ignore_errors=True)
         self.study.set_user_attr("seconds", self.seconds())
         self.progress.add(frozen)
         self.parent.log_metrics(self.progress.metrics, step=self.progress.finished)

@@ -102,7 +102,7 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         parent = _parent_run(plan, name, data, command)
         progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
         progress.add(*study.get_trials(deepcopy=False))
-        if is_finished:
+        if is_finished and parent.status == "FINISHED":
             _print_result(plan, study, parent)
             return
         console.print(f"Sweep {name}: {progress.counts}; {workers} workers.")
@@ -199,17 +199,26 @@ def _conclude(launcher: Launcher, command: str) -> None:
         parent.end("FAILED", error=launcher.broken)
         raise SweepFailedError(f"{launcher.broken} Stopped after {progress.counts}. {go_on}")
     if launcher.has_failed:
-        reason = f"{progress.failed} trials failed, sweep.max_failures={progress.failed}"
+        failed = launcher.study.get_trials(deepcopy=False, states=[TrialState.FAIL])
+        reason = f"{len(failed)} trials failed, as many as sweep.max_failures allows"
         parent.end("FAILED", error=reason)
-        raise SweepFailedError(f"{reason}; the last one: {launcher.last_failure} {go_on}")
+        last = failed[-1].user_attrs.get("reason", "for no recorded reason")
+        raise SweepFailedError(f"{reason}; the last one: {last} {go_on}")
+    parent.describe(_description(launcher, command))
     parent.end("FINISHED")
     if progress.finished < progress.budget:
-        console.print(
-            f"The time is up after {progress.counts}. With a larger sweep.timeout, g{go_on[1:]}"
-        )
+        console.print(f"The time is up after {progress.counts}; a larger sweep.timeout goes on.")
     _print_result(launcher.plan, launcher.study, parent)
     if launcher.overheads:
         console.print(f"Beyond training: {median(launcher.overheads):.2f} s a trial.")
+
+
+def _description(launcher: Launcher, command: str) -> str:
+    """What the UI shows on top of the sweep's run."""
+    lines = [f"- {launcher.progress.counts}", f"- {launcher.progress.best_text}"]
+    for trial in best_trials(launcher.study)[:TOP]:
+        lines.append(f"- repeat trial {trial.number}: `{launcher.plan.command(trial.params)}`")
+    return "\n".join([*lines, "", f"Go on, with a larger `sweep.trials`: `{command}`"])
 
 
 def _print_result(plan: Plan, study: optuna.Study, parent: Run) -> None:

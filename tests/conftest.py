@@ -1,8 +1,13 @@
 """What several test modules share."""
 
+import itertools
 import os
+import shutil
 import signal
-from collections.abc import Callable
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from pipeline.compose import CONF, to_config
 from pipeline.config import RunConfig
+
+POSTGRESQL = Path("/usr/lib/postgresql/15/bin")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,3 +69,34 @@ def configure() -> Callable[..., RunConfig]:
         return to_config(cfg)
 
     return configure
+
+
+@pytest.fixture(scope="session")
+def new_database(need: Callable[[object, str], None]) -> Iterator[Callable[[], str]]:
+    """Creates an empty database on a real PostgreSQL server and gives its address."""
+    need(POSTGRESQL.exists() and os.geteuid() == 0, "PostgreSQL 15's programs, and root to be it")
+    folder = Path(tempfile.mkdtemp())  # not pytest's own, which is root's alone
+    shutil.chown(folder, "postgres")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    numbers = itertools.count()
+
+    def program(*arguments: str) -> None:
+        command = ["runuser", "-u", "postgres", "--", *arguments]
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+
+    def new_database() -> str:
+        name = f"store{next(numbers)}"
+        program(f"{POSTGRESQL}/createdb", "-h", "127.0.0.1", "-p", str(port), name)
+        return f"postgresql+psycopg://postgres@127.0.0.1:{port}/{name}"
+
+    program(f"{POSTGRESQL}/initdb", "-D", f"{folder}/data", "--auth=trust")
+    options = f"-p {port} -h 127.0.0.1 -k {folder}"
+    server = [f"{POSTGRESQL}/pg_ctl", "-D", f"{folder}/data", "-w"]
+    program(*server, "-l", f"{folder}/log", "-o", options, "start")
+    try:
+        yield new_database
+    finally:
+        program(*server, "-m", "immediate", "stop")
+        shutil.rmtree(folder)

@@ -1,13 +1,8 @@
 """The store: first use by several processes at once, a full disk, a server."""
 
 import multiprocessing
-import os
-import shutil
-import socket
 import sqlite3
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -18,12 +13,10 @@ import sqlalchemy
 from pipeline.config import RunConfig, TrackingConfig
 
 Configure = Callable[..., RunConfig]
-Need = Callable[[object, str], None]
 
 PROCESSES = 4
 ROUNDS = 20
 POSTGRESQL_ROUNDS = 5
-PROGRAMS = Path("/usr/lib/postgresql/15/bin")
 
 
 def open_stores(configs: list[TrackingConfig], start: Barrier) -> None:
@@ -67,38 +60,11 @@ def test_a_store_is_first_used_by_several_processes_at_once(
         assert left == {"mlflow.db", ".create.lock", ".reserve"}
 
 
-@pytest.fixture
-def postgresql(tmp_path: Path, need: Need) -> Iterator[str]:
-    """Address of a real server with empty databases `store0`, `store1`, ..."""
-    need(PROGRAMS.exists() and os.geteuid() == 0, "PostgreSQL 15's programs, and root to be it")
-    folder = Path(tempfile.mkdtemp())  # not in tmp_path, which is root's alone
-    shutil.chown(folder, "postgres")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def program(*arguments: str) -> None:
-        command = ["runuser", "-u", "postgres", "--", *arguments]
-        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
-
-    program(f"{PROGRAMS}/initdb", "-D", f"{folder}/data", "--auth=trust")
-    options = f"-p {port} -h 127.0.0.1 -k {folder}"
-    server = [f"{PROGRAMS}/pg_ctl", "-D", f"{folder}/data", "-w"]
-    program(*server, "-l", f"{folder}/log", "-o", options, "start")
-    try:
-        for number in range(POSTGRESQL_ROUNDS):
-            program(f"{PROGRAMS}/createdb", "-h", "127.0.0.1", "-p", str(port), f"store{number}")
-        yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/store"
-    finally:
-        program(*server, "-m", "immediate", "stop")
-        shutil.rmtree(folder)
-
-
 def test_a_postgresql_store_is_first_used_by_several_processes_at_once(
-    configure: Configure, tmp_path: Path, postgresql: str
+    configure: Configure, tmp_path: Path, new_database: Callable[[], str]
 ) -> None:
     config = replace(configure("data=digits").tracking, directory=str(tmp_path))
-    configs = [replace(config, uri=f"{postgresql}{n}") for n in range(POSTGRESQL_ROUNDS)]
+    configs = [replace(config, uri=new_database()) for _ in range(POSTGRESQL_ROUNDS)]
 
     assert open_at_once(configs) == [0] * PROCESSES
 

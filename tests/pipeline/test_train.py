@@ -656,12 +656,13 @@ def test_the_larger_a_network_the_rather_it_is_compiled() -> None:
 
 
 def test_a_summary_names_the_best_epoch_and_the_pace() -> None:
-    epochs = [{"val_accuracy": value} for value in (0.5, 0.9, 0.7, 0.9)]
+    epochs = [{"val_accuracy": value} for value in (0.5, 0.9, 0.7, 0.8)]
 
     summary = History(restored=False, epochs=epochs, fit_seconds=2.0, images=1_000).summary
 
     assert summary == {
         "saved_epoch": 4,
+        "saved_val_accuracy": 0.8,
         "fit_seconds": 2.0,
         "samples_per_second": 2_000.0,
         "best_val_accuracy": 0.9,
@@ -670,11 +671,12 @@ def test_a_summary_names_the_best_epoch_and_the_pace() -> None:
 
 
 def test_a_model_with_its_best_weights_is_that_of_the_best_epoch() -> None:
-    epochs = [{"val_accuracy": value} for value in (0.5, 0.9, 0.7)]
+    epochs = [{"val_accuracy": value, "val_loss": 1 - value} for value in (0.5, 0.75, 0.7)]
 
     summary = History(restored=True, epochs=epochs, fit_seconds=2.0, images=1_000).summary
 
     assert summary["saved_epoch"] == summary["best_epoch"] == 2
+    assert (summary["saved_val_accuracy"], summary["saved_val_loss"]) == (0.75, 0.25)
 
 
 def test_a_summary_without_validation_has_no_best_epoch() -> None:

@@ -1,0 +1,117 @@
+"""Sweeps as a user starts them: real processes, with or without a terminal."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+SWEEP = [sys.executable, "-m", "sweeps.run"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "TERM": "xterm"}
+STEP = 0.01  # seconds between two looks
+
+
+def run(
+    *arguments: str, folder: Path, command: list[str] = SWEEP, timeout: float = 180
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command of this repository to its end."""
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def wait_until(holds: Callable[[], object], *, limit: float = 120) -> None:
+    deadline = time.monotonic() + limit
+    while not holds():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(STEP)
+
+
+class Started:
+    """A command under way; what it writes is collected."""
+
+    def __init__(self, *command: str, folder: Path) -> None:
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert self.process.stdout is not None
+        self._collect(self.process.stdout.fileno())
+
+    def _collect(self, source: int) -> None:
+        self._pieces: list[bytes] = []
+        self._reader = threading.Thread(target=self._read, args=(source,), daemon=True)
+        self._reader.start()
+
+    def _read(self, source: int) -> None:
+        try:
+            while piece := os.read(source, 65536):
+                self._pieces.append(piece)
+        except OSError:  # how a terminal says that the last process has left it
+            return
+
+    @property
+    def text(self) -> str:
+        """Written so far."""
+        return b"".join(self._pieces).decode().replace("\r\n", "\n")
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+    def says(self, pattern: str, *, limit: float = 120) -> None:
+        """Waits until the output has a line."""
+        wait_until(lambda: re.search(pattern, self.text, re.M), limit=limit)
+
+    def end(self, *, limit: float = 120) -> int:
+        """Waits for the end; returns the exit status."""
+        status = self.process.wait(timeout=limit)
+        self._reader.join(5)
+        return status
+
+
+class OnTerminal(Started):
+    """A command that has a terminal of its own, of 160 columns."""
+
+    def __init__(self, *command: str, folder: Path) -> None:
+        self._master, terminal = os.openpty()
+        # It becomes the session's own terminal, so that Ctrl-C reaches all that run there.
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", *command],
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+        )
+        os.close(terminal)
+        self._collect(self._master)
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._master, b"\x03")
+
+    def end(self, *, limit: float = 120) -> int:
+        status = super().end(limit=limit)
+        os.close(self._master)
+        return status
+
+
+def without_escapes(text: str) -> str:
+    """As it reads on the screen."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)

@@ -1,0 +1,531 @@
+"""What every executor promises, and what the death of a process does to it."""
+
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.resource_tracker
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sweeps.executors import LocalExecutor, WorkerDiedError
+
+EXECUTORS = {"local": LocalExecutor}
+
+Build = Callable[..., LocalExecutor]
+
+SOON = 60.0  # seconds in which a worker of two busy cores starts and does its job
+
+
+# --- jobs, and what a worker does before its first one -----------------------------------
+
+
+def nothing() -> None:
+    pass
+
+
+def note(folder: Path) -> None:
+    """Leaves a file named after the process."""
+    (folder / str(os.getpid())).touch()
+
+
+def note_and_sleep(folder: Path) -> None:
+    note(folder)
+    time.sleep(600)
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def refuse(text: str) -> None:
+    raise ValueError(text)
+
+
+def process() -> int:
+    return os.getpid()
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def meet(folder: Path, count: int) -> int:
+    """Waits until so many jobs are in here at once."""
+    note(folder)
+    until(lambda: len(list(folder.iterdir())) >= count)
+    return os.getpid()
+
+
+def sleep_noted(folder: Path) -> str:
+    note(folder)
+    try:
+        time.sleep(600)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "slept"
+
+
+def count_interruptions(folder: Path, seconds: float) -> int:
+    note(folder)
+    count, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            time.sleep(max(0.0, end - time.monotonic()))
+        except KeyboardInterrupt:
+            count += 1
+    return count
+
+
+def sleep_whatever_comes(folder: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    note(folder)
+    time.sleep(600)
+
+
+def keep_interrupted(folder: Path) -> None:
+    """Lets the interruption end it."""
+    note(folder)
+    time.sleep(600)
+
+
+class Unprintable(Exception):
+    """Cannot be made anew from its arguments, as some libraries' errors."""
+
+    def __init__(self, code: int, *, reason: str) -> None:
+        super().__init__(reason)
+
+
+def raise_unprintable() -> None:
+    raise Unprintable(1, reason="deep inside")
+
+
+def make_lambda() -> Callable[[], None]:
+    return lambda: None
+
+
+# --- a launcher in a process of its own --------------------------------------------------
+
+
+def launch(folder: Path, warm_up: Callable[[], None], workers: int, jobs: int) -> None:
+    """In a session of its own, as in a terminal: starts workers and jobs that do not end."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # here; what is asked is whether workers get it
+    executor = LocalExecutor(workers, warm_up)
+    for _ in range(jobs):
+        executor.submit(sleep_noted, folder)
+    (folder / "launched").touch()
+    time.sleep(600)
+
+
+@contextlib.contextmanager
+def launched(
+    folder: Path, warm_up: Callable[[], None] = nothing, *, workers: int, jobs: int
+) -> Iterator[psutil.Process]:
+    """A launcher, once it has started its workers; ended at the end, with all of them."""
+    context = multiprocessing.get_context("spawn")
+    launcher = context.Process(target=launch, args=(folder, warm_up, workers, jobs))
+    launcher.start()
+    seen = psutil.Process(launcher.pid)
+    try:
+        until((folder / "launched").exists)
+        yield seen
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(seen.pid, signal.SIGKILL)
+        launcher.join()
+
+
+def workers_of(launcher: psutil.Process) -> list[psutil.Process]:
+    return [child for child in launcher.children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+# --- helpers -----------------------------------------------------------------------------
+
+
+def until(reached: Callable[[], bool], seconds: float = SOON) -> None:
+    """Waits for something to come true.
+
+    Raises:
+        TimeoutError: It did not.
+    """
+    end = time.monotonic() + seconds
+    while not reached():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {seconds} s")
+        time.sleep(0.01)
+
+
+def noted(folder: Path) -> list[int]:
+    """Processes that left a file."""
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Whether a process has ended, be it that nobody has asked how."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def error_of(future: Future[Any], seconds: float = SOON) -> BaseException | None:
+    return future.exception(timeout=seconds)
+
+
+@pytest.fixture(params=EXECUTORS)
+def build(request: pytest.FixtureRequest) -> Iterator[Build]:
+    """Builds executors, and ends them at once at the end of the test."""
+    built: list[LocalExecutor] = []
+
+    def build(workers: int = 1, warm_up: Callable[[], None] = nothing) -> LocalExecutor:
+        built.append(EXECUTORS[request.param](workers, warm_up))
+        return built[-1]
+
+    yield build
+    for executor in built:
+        executor.stop(grace=0)
+
+
+# --- jobs --------------------------------------------------------------------------------
+
+
+def test_a_future_has_the_result_of_its_job(build: Build) -> None:
+    future = build().submit(double, 21)
+
+    assert future.result(timeout=SOON) == 42
+
+
+def test_a_future_has_the_exception_of_its_job_and_the_worker_lives_on(build: Build) -> None:
+    executor = build()
+    before = executor.submit(process).result(timeout=SOON)
+
+    error = error_of(executor.submit(refuse, "training.epochs must be at least 1, got 0."))
+
+    assert repr(error) == "ValueError('training.epochs must be at least 1, got 0.')"
+    assert executor.submit(process).result(timeout=SOON) == before
+
+
+def test_more_jobs_than_workers_are_all_done_and_keep_their_results_apart(build: Build) -> None:
+    executor = build(2)
+
+    futures = [executor.submit(double, number) for number in range(50)]
+
+    assert [future.result(timeout=SOON) for future in futures] == [2 * n for n in range(50)]
+
+
+def test_jobs_of_one_worker_are_done_in_the_order_they_were_submitted(
+    build: Build, tmp_path: Path
+) -> None:
+    executor, ended = build(1), list[int]()
+
+    futures = [executor.submit(double, number) for number in range(10)]
+    for number, future in enumerate(futures):
+        future.add_done_callback(lambda _, number=number: ended.append(number))  # type: ignore[misc]
+    wait(futures, timeout=SOON)
+
+    assert ended == list(range(10))
+
+
+def test_jobs_are_done_at_the_same_time_in_processes_of_their_own(
+    build: Build, tmp_path: Path
+) -> None:
+    executor = build(2)
+
+    futures = [executor.submit(meet, tmp_path, 2) for _ in range(2)]
+
+    assert {future.result(timeout=SOON) for future in futures} == set(noted(tmp_path))
+
+
+def test_a_worker_warms_up_once_for_all_its_jobs(build: Build, tmp_path: Path) -> None:
+    executor = build(2, functools.partial(note, tmp_path))
+
+    used = {executor.submit(process) for _ in range(20)}
+
+    assert {future.result(timeout=SOON) for future in used} <= set(noted(tmp_path))
+    until(lambda: len(noted(tmp_path)) == 2)
+
+
+def test_a_job_that_cannot_be_sent_fails_alone(build: Build) -> None:
+    executor = build()
+    before = executor.submit(process).result(timeout=SOON)
+
+    error = error_of(executor.submit(lambda: None))
+
+    assert "lambda" in str(error)
+    assert executor.submit(process).result(timeout=SOON) == before
+
+
+@pytest.mark.parametrize("job", [make_lambda, raise_unprintable])
+def test_what_cannot_be_sent_back_fails_its_job_alone(
+    build: Build, job: Callable[[], object]
+) -> None:
+    executor = build()
+
+    error = error_of(executor.submit(job))
+
+    assert error is not None
+    assert executor.submit(double, 21).result(timeout=SOON) == 42
+
+
+# --- the death of a worker ---------------------------------------------------------------
+
+
+def test_a_worker_that_is_killed_is_known_within_a_second_and_named(
+    build: Build, tmp_path: Path
+) -> None:
+    future = build().submit(sleep_noted, tmp_path)
+    until(lambda: len(noted(tmp_path)) == 1)
+    (worker,) = noted(tmp_path)
+
+    os.kill(worker, signal.SIGKILL)
+    error = error_of(future, seconds=1)
+
+    assert isinstance(error, WorkerDiedError)
+    assert str(error) == f"worker process {worker} died (exit code -9)."
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "code"), [(os._exit, (3,), 3), (os._exit, (0,), 0), (kill_itself, (), -9)]
+)
+def test_a_job_that_ends_its_worker_fails_with_the_exit_code(
+    build: Build, job: Callable[..., None], arguments: tuple[int, ...], code: int
+) -> None:
+    error = error_of(build().submit(job, *arguments))
+
+    assert isinstance(error, WorkerDiedError)
+    assert str(error).endswith(f"died (exit code {code}).")
+
+
+def test_a_dead_worker_is_replaced_by_one_that_is_warm_too(build: Build, tmp_path: Path) -> None:
+    executor = build(1, functools.partial(note, tmp_path))
+    before = executor.submit(process).result(timeout=SOON)
+
+    error = error_of(executor.submit(kill_itself))
+    after = executor.submit(process).result(timeout=SOON)
+
+    assert isinstance(error, WorkerDiedError)
+    assert after != before
+    assert set(noted(tmp_path)) == {before, after}
+
+
+def test_the_death_of_a_worker_does_not_disturb_the_others(build: Build, tmp_path: Path) -> None:
+    executor = build(2)
+    waiting = executor.submit(meet, tmp_path, 2)
+    until(lambda: len(noted(tmp_path)) == 1)
+    (undisturbed,) = noted(tmp_path)
+
+    deaths = [executor.submit(kill_itself) for _ in range(3)]
+    errors = [error_of(death) for death in deaths]
+    (tmp_path / "enough").touch()
+
+    assert [type(error) for error in errors] == [WorkerDiedError] * 3
+    assert waiting.result(timeout=SOON) == undisturbed
+
+
+def test_a_worker_killed_while_idle_costs_at_most_the_next_job(build: Build) -> None:
+    executor = build()
+    idle = executor.submit(process).result(timeout=SOON)
+
+    os.kill(idle, signal.SIGKILL)
+    error = error_of(executor.submit(double, 1))
+
+    assert isinstance(error, WorkerDiedError)
+    assert str(error) == f"worker process {idle} died (exit code -9)."
+    assert executor.submit(double, 21).result(timeout=SOON) == 42
+
+
+def test_a_worker_killed_while_it_warms_up_fails_its_job_and_is_replaced(
+    build: Build, tmp_path: Path
+) -> None:
+    executor = build(1, functools.partial(note_and_sleep, tmp_path))
+    future = executor.submit(double, 21)
+    until(lambda: len(noted(tmp_path)) == 1)
+    (worker,) = noted(tmp_path)
+
+    os.kill(worker, signal.SIGKILL)
+
+    assert isinstance(error_of(future, seconds=1), WorkerDiedError)
+    until(lambda: len(noted(tmp_path)) == 2)
+
+
+def test_a_job_that_always_kills_its_worker_never_ends_the_executor(build: Build) -> None:
+    executor = build(2)
+
+    errors = [error_of(executor.submit(kill_itself)) for _ in range(6)]
+
+    assert [type(error) for error in errors] == [WorkerDiedError] * 6
+    assert executor.submit(double, 21).result(timeout=SOON) == 42
+
+
+# --- interruption and end ----------------------------------------------------------------
+
+
+def test_a_job_that_is_interrupted_may_end_by_itself_and_its_result_arrives(
+    build: Build, tmp_path: Path
+) -> None:
+    executor = build(2)
+    futures = [executor.submit(sleep_noted, tmp_path) for _ in range(2)]
+    until(lambda: len(noted(tmp_path)) == 2)
+
+    executor.interrupt()
+
+    assert [future.result(timeout=5) for future in futures] == ["interrupted"] * 2
+
+
+def test_a_job_is_interrupted_once_however_often_it_is_told(build: Build, tmp_path: Path) -> None:
+    executor = build()
+    future = executor.submit(count_interruptions, tmp_path, 1.0)
+    until(lambda: len(noted(tmp_path)) == 1)
+
+    for _ in range(3):
+        executor.interrupt()
+        time.sleep(0.1)
+
+    assert future.result(timeout=5) == 1
+
+
+def test_a_job_that_an_interruption_ends_fails_as_one_whose_worker_died(
+    build: Build, tmp_path: Path
+) -> None:
+    executor = build()
+    future = executor.submit(keep_interrupted, tmp_path)
+    until(lambda: len(noted(tmp_path)) == 1)
+
+    executor.interrupt()
+
+    assert isinstance(error_of(future, seconds=5), WorkerDiedError)
+
+
+def test_jobs_that_wait_for_a_worker_are_not_begun_after_an_interruption(
+    build: Build, tmp_path: Path
+) -> None:
+    executor = build()
+    first = executor.submit(sleep_noted, tmp_path)
+    waiting = [executor.submit(double, number) for number in range(3)]
+    until(lambda: len(noted(tmp_path)) == 1)
+
+    executor.interrupt()
+
+    assert first.result(timeout=5) == "interrupted"
+    assert [type(error_of(future, seconds=5)) for future in waiting] == [WorkerDiedError] * 3
+
+
+def test_stop_waits_for_the_clean_end_of_a_job(build: Build, tmp_path: Path) -> None:
+    executor = build()
+    future = executor.submit(count_interruptions, tmp_path, 1.5)
+    until(lambda: len(noted(tmp_path)) == 1)
+
+    executor.stop(grace=5)
+
+    assert future.result(timeout=0) == 1
+
+
+def test_stop_without_grace_ends_a_job_that_ignores_signals(build: Build, tmp_path: Path) -> None:
+    executor = build()
+    future = executor.submit(sleep_whatever_comes, tmp_path)
+    until(lambda: len(noted(tmp_path)) == 1)
+    began = time.monotonic()
+
+    executor.stop(grace=0)
+
+    assert time.monotonic() - began < 1
+    assert isinstance(error_of(future, seconds=0), WorkerDiedError)
+
+
+def test_the_grace_of_a_stop_is_for_all_workers_together(build: Build, tmp_path: Path) -> None:
+    executor = build(2)
+    for _ in range(2):
+        executor.submit(sleep_whatever_comes, tmp_path)
+    until(lambda: len(noted(tmp_path)) == 2)
+    began = time.monotonic()
+
+    executor.stop(grace=1)
+
+    assert 1 <= time.monotonic() - began < 1.9
+
+
+def test_an_executor_may_be_stopped_twice(build: Build) -> None:
+    executor = build()
+    executor.stop()
+
+    executor.stop()
+
+    with pytest.raises(RuntimeError):
+        executor.submit(double, 1)
+
+
+@pytest.mark.parametrize("job", [sleep_noted, sleep_whatever_comes])
+def test_no_process_is_left_after_a_stop(
+    build: Build, tmp_path: Path, job: Callable[..., object]
+) -> None:
+    multiprocessing.resource_tracker.ensure_running()  # Python's own, which stays
+    before = set(psutil.Process().children(recursive=True))
+    executor = build(2)
+    executor.submit(job, tmp_path)
+    until(lambda: len(noted(tmp_path)) == 1)
+
+    executor.stop(grace=0.5)
+
+    assert set(psutil.Process().children(recursive=True)) <= before
+
+
+def test_no_process_is_left_when_a_worker_dies_at_the_moment_of_the_stop(build: Build) -> None:
+    multiprocessing.resource_tracker.ensure_running()
+    before = set(psutil.Process().children(recursive=True))
+    for _ in range(20):
+        executor = build(2)
+        for _ in range(2):
+            executor.submit(kill_itself)
+        worker = psutil.Process(executor.submit(process).result(timeout=SOON))
+
+        worker.kill()
+        executor.submit(double, 1)
+        executor.stop(grace=0)
+
+    assert set(psutil.Process().children(recursive=True)) <= before
+
+
+# --- signals to the launcher -------------------------------------------------------------
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_the_workers(tmp_path: Path) -> None:
+    with launched(tmp_path, workers=3, jobs=3) as launcher:
+        until(lambda: len(noted(tmp_path)) == 3)
+        workers = workers_of(launcher)
+
+        os.killpg(launcher.pid, signal.SIGINT)
+        time.sleep(1)
+
+        assert len(workers) == 3
+        assert [is_gone(worker) for worker in workers] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "jobs", "at_work"),
+    [
+        pytest.param(nothing, 0, 0, id="idle"),
+        pytest.param(nothing, 2, 2, id="busy"),
+        pytest.param(note_and_sleep, 0, 2, id="warming up"),
+    ],
+)
+def test_the_workers_of_a_launcher_that_is_killed_end_within_seconds(
+    tmp_path: Path, warm_up: Callable[..., None], jobs: int, at_work: int
+) -> None:
+    folder = tmp_path if at_work else None
+    before_first = functools.partial(warm_up, folder) if warm_up is note_and_sleep else warm_up
+    with launched(tmp_path, before_first, workers=2, jobs=jobs) as launcher:
+        until(lambda: len(noted(tmp_path)) == at_work)
+        workers = workers_of(launcher)
+
+        launcher.kill()
+
+        assert len(workers) == 2
+        until(lambda: all(is_gone(worker) for worker in workers), seconds=5)
