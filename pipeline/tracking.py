@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import mlflow
 import numpy as np
@@ -110,6 +110,15 @@ class Store:
         line = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         return f"{line}  # then http://127.0.0.1:5000/{page}"
 
+    def ui_of_runs(self, condition: str, *, order_by: str, ascending: bool = False) -> str:
+        """Likewise on the list of the runs that meet a condition, ordered by a metric."""
+        query = {
+            "searchFilter": condition,
+            "orderByKey": f"metrics.`{order_by}`",
+            "orderByAsc": str(ascending).lower(),
+        }
+        return self.ui(f"runs?{urlencode(query, quote_via=quote)}&")
+
 
 def open_store(config: TrackingConfig) -> Store:
     """Opens the tracking store and its experiment, creating what is missing.
@@ -175,12 +184,6 @@ class Run:
     def ui(self) -> str:
         """The line that opens the UI on this run; on a server, its address."""
         return self.store.ui(f"runs/{self.run_id}?")
-
-    @property
-    def sweep_ui(self) -> str:
-        """Likewise on the list of this run and those nested under it."""
-        mine = f"attributes.run_id = '{self.run_id}'"
-        return self.store.ui(f"runs?searchFilter={quote(mine)}&")
 
     def describe(self, text: str) -> None:
         """Sets the Markdown text that the UI shows on top of the run."""

@@ -36,19 +36,19 @@ def show(plan: Plan, console: Console) -> None:
     Raises:
         ValueError: A corner is refused, or the largest model does not fit into memory.
     """
-    from pipeline.data import load
-    from pipeline.model import build_mlp
-
     console.print(_space_table(plan))
     corners = plan.corners(most=MOST_CORNERS)
     configs = [
         plan.trial_config(values)
         for values in track(corners, "checking the corners", console=console, transient=True)
     ]
+    with console.status("starting TensorFlow"):
+        start_libraries()
+        from pipeline.data import load
+        from pipeline.model import build_mlp
     data = load(plan.config.data)
     parameters = [_parameters(config, data) for config in configs]
     largest, smallest = int(np.argmax(parameters)), int(np.argmin(parameters))
-    start_libraries()
     table = Table(box=None, pad_edge=False)
     for heading in ("", "parameters", "memory", "time at most", "disk", "settings"):
         table.add_column(heading, justify="left" if heading in ("", "settings") else "right")

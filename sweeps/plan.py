@@ -182,7 +182,7 @@ def _culprit(message: str, space: Space, values: Values) -> str:
     """The declaration a message is about, else all values."""
     for parameter in space.parameters:
         if message.startswith((f"{parameter.name} ", f"{parameter.name}:", f"{parameter.name}=")):
-            return f"search.space['{parameter.name}']: {parameter.declaration}"
+            return parameter.where
     return "search.space, at " + " ".join(to_override(*item) for item in values.items())
 
 

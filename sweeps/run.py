@@ -21,7 +21,7 @@ from rich.console import Console
 from pipeline.compose import Terminated, run_cli
 from pipeline.config import without_password
 from sweeps import dry_run
-from sweeps.config import VARIANTS, SweepConfig
+from sweeps.config import OBJECTIVES, VARIANTS, SweepConfig
 from sweeps.display import Display, Progress, importance_table, number, top_table
 from sweeps.executors import LocalExecutor
 from sweeps.launcher import Launcher
@@ -37,7 +37,7 @@ from sweeps.study import (
     open_study,
     storage_uri,
 )
-from sweeps.trial import warm_up
+from sweeps.trial import METRICS, warm_up
 
 if TYPE_CHECKING:  # or TensorFlow is imported
     from pipeline.data import Data
@@ -160,6 +160,7 @@ def _parent_run(plan: Plan, name: str, data: Data, command: str) -> Run:
         settings = asdict(plan.config)
         settings["search"] = {"space": plan.declarations}
         log_inputs(run, plan.config, data, command, settings=settings)
+        run.set_tags({"mlflow.source.name": "sweeps.run"})
     return run
 
 
@@ -246,7 +247,16 @@ def _print_result(plan: Plan, study: optuna.Study, parent: Run) -> None:
         console.print(
             f"Repeat trial {trial.number}, and look at the test split: {plan.command(trial.params)}"
         )
-    console.print(f"See it: {parent.sweep_ui}")
+    console.print(f"See it: {_ui(study, objectives[0], parent)}")
+
+
+def _ui(study: optuna.Study, objective: str, parent: Run) -> str:
+    """The line that opens the UI on the trials, the best first."""
+    return parent.store.ui_of_runs(
+        f"tags.sweep = '{study.study_name}'",
+        order_by=METRICS.get(objective, objective),
+        ascending=OBJECTIVES[objective] == "minimize",
+    )
 
 
 def _importances(study: optuna.Study, objectives: tuple[str, ...]) -> dict[str, float]:

@@ -43,13 +43,15 @@ class Parameter:
 
     Attributes:
         name: Dotted name of the configuration, or a config group.
-        declaration: As written, for messages.
+        declaration: What it is searched over, as written.
+        where: The same with its place, for messages.
         distribution: What its values are drawn from.
         condition: When it is searched; None: always.
     """
 
     name: str
     declaration: str
+    where: str
     distribution: Distribution
     condition: Condition | None
 
@@ -190,7 +192,13 @@ def build_space(search: SearchConfig, searched: Mapping[str, str], given: Sequen
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         parameters.append(
-            Parameter(name=name, declaration=text, distribution=distribution, condition=condition)
+            Parameter(
+                name=name,
+                declaration=text,
+                where=where,
+                distribution=distribution,
+                condition=condition,
+            )
         )
     if not parameters:
         raise ValueError(

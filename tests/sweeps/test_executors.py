@@ -6,6 +6,8 @@ import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -17,6 +19,7 @@ import pytest
 
 from sweeps.executors import LocalExecutor, WorkerDiedError
 
+ROOT = Path(__file__).resolve().parents[2]
 EXECUTORS = {"local": LocalExecutor}
 
 Build = Callable[..., LocalExecutor]
@@ -90,8 +93,7 @@ def sleep_whatever_comes(folder: Path) -> None:
     time.sleep(600)
 
 
-def keep_interrupted(folder: Path) -> None:
-    """Lets the interruption end it."""
+def end_when_interrupted(folder: Path) -> None:
     note(folder)
     time.sleep(600)
 
@@ -115,32 +117,35 @@ def make_lambda() -> Callable[[], None]:
 
 
 def launch(folder: Path, warm_up: Callable[[], None], workers: int, jobs: int) -> None:
-    """In a session of its own, as in a terminal: starts workers and jobs that do not end."""
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # here; what is asked is whether workers get it
+    """Starts workers and jobs that do not end."""
+    signal.signal(signal.SIGINT, lambda *_: None)  # asked is whether the workers get it
     executor = LocalExecutor(workers, warm_up)
     for _ in range(jobs):
-        executor.submit(sleep_noted, folder)
+        executor.submit(end_when_interrupted, folder)
     (folder / "launched").touch()
     time.sleep(600)
 
 
 @contextlib.contextmanager
 def launched(
-    folder: Path, warm_up: Callable[[], None] = nothing, *, workers: int, jobs: int
+    folder: Path, warm_up: str = "nothing", *, workers: int, jobs: int
 ) -> Iterator[psutil.Process]:
-    """A launcher, once it has started its workers; ended at the end, with all of them."""
-    context = multiprocessing.get_context("spawn")
-    launcher = context.Process(target=launch, args=(folder, warm_up, workers, jobs))
-    launcher.start()
-    seen = psutil.Process(launcher.pid)
+    """A launcher that has started its workers; it and they are one process group, as in a shell.
+
+    A plain process: one of `multiprocessing` would have parts of it from this one.
+    """
+    code = (
+        "import functools, pathlib; from tests.sweeps.test_executors import *; "
+        f"folder = pathlib.Path('{folder}'); launch(folder, {warm_up}, {workers}, {jobs})"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
     try:
         until((folder / "launched").exists)
-        yield seen
+        yield psutil.Process(launcher.pid)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(seen.pid, signal.SIGKILL)
-        launcher.join()
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
 
 
 def workers_of(launcher: psutil.Process) -> list[psutil.Process]:
@@ -263,15 +268,17 @@ def test_a_job_that_cannot_be_sent_fails_alone(build: Build) -> None:
     assert executor.submit(process).result(timeout=SOON) == before
 
 
-@pytest.mark.parametrize("job", [make_lambda, raise_unprintable])
+@pytest.mark.parametrize(
+    ("job", "kind"), [(make_lambda, WorkerDiedError), (raise_unprintable, TypeError)]
+)
 def test_what_cannot_be_sent_back_fails_its_job_alone(
-    build: Build, job: Callable[[], object]
+    build: Build, job: Callable[[], object], kind: type[Exception]
 ) -> None:
     executor = build()
 
     error = error_of(executor.submit(job))
 
-    assert error is not None
+    assert isinstance(error, kind)
     assert executor.submit(double, 21).result(timeout=SOON) == 42
 
 
@@ -396,7 +403,7 @@ def test_a_job_that_an_interruption_ends_fails_as_one_whose_worker_died(
     build: Build, tmp_path: Path
 ) -> None:
     executor = build()
-    future = executor.submit(keep_interrupted, tmp_path)
+    future = executor.submit(end_when_interrupted, tmp_path)
     until(lambda: len(noted(tmp_path)) == 1)
 
     executor.interrupt()
@@ -496,9 +503,12 @@ def test_no_process_is_left_when_a_worker_dies_at_the_moment_of_the_stop(build: 
 # --- signals to the launcher -------------------------------------------------------------
 
 
-def test_ctrl_c_in_a_terminal_does_not_reach_the_workers(tmp_path: Path) -> None:
-    with launched(tmp_path, workers=3, jobs=3) as launcher:
+@pytest.mark.parametrize("jobs", [0, 3], ids=["idle", "busy"])
+def test_ctrl_c_in_a_terminal_does_not_reach_the_workers(tmp_path: Path, jobs: int) -> None:
+    warm_up = "functools.partial(note, folder)"
+    with launched(tmp_path, warm_up, workers=3, jobs=jobs) as launcher:
         until(lambda: len(noted(tmp_path)) == 3)
+        time.sleep(0.5)  # and past its warm-up
         workers = workers_of(launcher)
 
         os.killpg(launcher.pid, signal.SIGINT)
@@ -511,17 +521,16 @@ def test_ctrl_c_in_a_terminal_does_not_reach_the_workers(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("warm_up", "jobs", "at_work"),
     [
-        pytest.param(nothing, 0, 0, id="idle"),
-        pytest.param(nothing, 2, 2, id="busy"),
-        pytest.param(note_and_sleep, 0, 2, id="warming up"),
+        pytest.param("nothing", 0, 0, id="idle"),
+        pytest.param("nothing", 2, 2, id="busy"),
+        pytest.param("functools.partial(note_and_sleep, folder)", 0, 2, id="warming up"),
+        pytest.param("functools.partial(note_and_sleep, folder)", 2, 2, id="awaited"),
     ],
 )
 def test_the_workers_of_a_launcher_that_is_killed_end_within_seconds(
-    tmp_path: Path, warm_up: Callable[..., None], jobs: int, at_work: int
+    tmp_path: Path, warm_up: str, jobs: int, at_work: int
 ) -> None:
-    folder = tmp_path if at_work else None
-    before_first = functools.partial(warm_up, folder) if warm_up is note_and_sleep else warm_up
-    with launched(tmp_path, before_first, workers=2, jobs=jobs) as launcher:
+    with launched(tmp_path, warm_up, workers=2, jobs=jobs) as launcher:
         until(lambda: len(noted(tmp_path)) == at_work)
         workers = workers_of(launcher)
 
