@@ -184,6 +184,7 @@ def run_cli(
     OmegaConf.register_new_resolver("scratch_dir", _scratch_dir, use_cache=True, replace=True)
     signal.signal(signal.SIGTERM, _raise_terminated)
 
+    logging.raiseExceptions = False  # as when a reader of the log has gone
     logging.getLogger("hydra").setLevel(logging.WARNING)  # it logs overrides with their passwords
     failed: list[Reported] = []
 

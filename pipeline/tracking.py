@@ -398,7 +398,16 @@ def log_inputs(
         )
         for context, split in data.splits.items()
     ]
-    client.log_inputs(run.run_id, datasets)
+    _log_datasets(run, datasets)
+
+
+def _log_datasets(run: Run, datasets: list[DatasetInput], tries: int = 3) -> None:
+    try:
+        mlflow.MlflowClient().log_inputs(run.run_id, datasets)
+    except MlflowException:  # it looks for a dataset, then inserts it: another run was faster
+        if tries == 1:
+            raise
+        _log_datasets(run, datasets, tries - 1)
 
 
 def _dataset(name: str, split: Split, source: str) -> Dataset:

@@ -157,9 +157,10 @@ class Display(AbstractContextManager["Display"]):
         if trial.values:
             value = ", ".join(map(number, trial.values))
         is_best = trial.number == self.progress.best_trial
+        epochs = trial.user_attrs.get("epochs", 0)
         line = (
             f"trial {trial.number:>{width}}  {trial.state.name.lower():8}  {value:>8}  "
-            f"epoch {trial.last_step or '-':>3}  {seconds:5.1f} s  {settings(trial.params)}"
+            f"epoch {epochs:>3}  {seconds:5.1f} s  {settings(trial.params)}"
         )
         self.console.print(f"{line}  best" if is_best else line, style="bold" if is_best else None)
 
@@ -222,7 +223,7 @@ def top_table(trials: Iterable[FrozenTrial], objectives: Sequence[str], title: s
         table.add_row(
             str(trial.number),
             *map(number, trial.values or ()),
-            str(trial.last_step or ""),
+            str(trial.user_attrs.get("epochs", "")),
             f"{trial.user_attrs.get('seconds', math.nan):.1f}",
             *(short(trial.params[name]) if name in trial.params else "" for name in names),
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import Trial, TrialState
 
+from sweeps.config import NoPrunerConfig
 from sweeps.display import SHOWN, Display, Running, settings
 from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
 from sweeps.plan import Plan
@@ -150,7 +151,8 @@ class Launcher:
         return self.seconds_before + time.monotonic() - self.started
 
     def may_ask(self) -> bool:
-        return self.progress.finished + len(self.flights) < self.plan.trials
+        started = self.progress.finished + len(self.flights)
+        return self.plan.needs_more(started, self.progress.failed)
 
     def take_up(self) -> list[tuple[Trial, Values]]:
         """Trials that an earlier launcher asked and did not tell."""
@@ -162,7 +164,8 @@ class Launcher:
             if run.status == "FINISHED":  # all is done but the telling
                 metrics = run.metrics
                 values_told = objective_values(self.plan.config.sweep.objectives, metrics)
-                outcome = Outcome(state="COMPLETE", values=values_told)
+                epochs = int(metrics["epoch"])
+                outcome = Outcome(state="COMPLETE", values=values_told, epochs=epochs)
                 self.tell(trial, run, outcome, seconds=metrics["fit_seconds"])
             else:
                 waiting.append((trial, values))
@@ -181,6 +184,7 @@ class Launcher:
             done, running = wait(self.flights, timeout=GRACE)
             for future in done:
                 self.settle(self.flights[future], future)
+            self.executor.stop(grace=0)
             for future in running:
                 self.flights[future].run.end("KILLED")
             self.flights.clear()
@@ -197,6 +201,7 @@ class Launcher:
 
     def submit(self, trial: Trial, values: Values, *, since: float, is_first: bool) -> None:
         config, run = self.plan.config, self.run_of(trial, values)
+        is_baseline = trial.number == self.plan.baseline
         job = Job(
             config=self.plan.trial_config(values),
             command=self.plan.command(values, "evaluate_test=false"),
@@ -206,7 +211,7 @@ class Launcher:
             storage=self.storage,
             study=self.study.study_name,
             trial_id=trial._trial_id,
-            pruner=config.pruner,
+            pruner=NoPrunerConfig(name="none") if is_baseline else config.pruner,
         )
         flight = Flight(
             trial=trial, values=values, run=run, job=job, since=since, is_first=is_first
@@ -267,6 +272,7 @@ class Launcher:
             run.end("FAILED", error=outcome.reason)
             trial.set_user_attr("reason", outcome.reason)
         trial.set_user_attr("seconds", seconds)
+        trial.set_user_attr("epochs", outcome.epochs)
         values = outcome.values or None
         frozen = self.study.tell(trial, values, state=TrialState[outcome.state])
         shutil.rmtree(self.checkpoints / run.run_id, ignore_errors=True)

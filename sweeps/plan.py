@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from pipeline.compose import Composer, Value
-from pipeline.config import RunConfig, flatten
+from pipeline.config import RunConfig, flatten, without_password
 from sweeps.config import VARIANTS, GridConfig, SweepConfig
 from sweeps.space import Parameter, Space, Values, build_space, run_overrides
 
@@ -27,6 +27,7 @@ class Plan:
         config: The sweep, and the run it varies.
         space: What is searched.
         known: Configurations that come first, in this order; of a grid, all.
+        baseline: Which of them is the configuration as it stands; that trial is never pruned.
         configured: Value of each name a condition looks at, where it is not searched.
         overrides: Of the command line, those of the run.
         composer: Makes a trial's configuration.
@@ -35,6 +36,7 @@ class Plan:
     config: SweepConfig
     space: Space
     known: list[Values]
+    baseline: int | None
     configured: Values
     overrides: list[str]
     composer: Composer[SweepConfig]
@@ -45,6 +47,12 @@ class Plan:
         if isinstance(self.config.sampler, GridConfig):
             return min(self.config.sweep.trials, len(self.known))
         return self.config.sweep.trials
+
+    def needs_more(self, finished: int, failed: int) -> bool:
+        """Whether another trial is to be started, given how many were or are being run."""
+        if isinstance(self.config.sampler, GridConfig) and finished + failed >= len(self.known):
+            return False
+        return finished < self.trials
 
     @property
     def workers(self) -> int:
@@ -69,10 +77,11 @@ class Plan:
         return self.composer({**self.space.fixed, **values}).run
 
     def command(self, values: Mapping[str, Value], *more: str) -> str:
-        """The command line of the run of a trial."""
+        """The command line of the run of a trial, without passwords."""
         chosen = {**self.space.fixed, **values}
         overrides = [to_override(name, value) for name, value in chosen.items()]
-        return shlex.join(["python", "-m", "pipeline.run", *self.overrides, *overrides, *more])
+        line = shlex.join(["python", "-m", "pipeline.run", *self.overrides, *overrides, *more])
+        return without_password(line)
 
     def corners(self, *, most: int) -> list[Values]:
         """Every combination of extreme values, or a random choice of so many."""
@@ -122,12 +131,15 @@ def build_plan(config: SweepConfig, overrides: Sequence[str], searched: Mapping[
     for values in _probes(space, configured):
         _check(space, values, composer)
     known = _first(config, space, configured, composer)
+    as_configured = space.assign(lambda parameter: composer.value(parameter.name), configured)
+    baseline = known.index(as_configured) if as_configured in known else None
     if isinstance(config.sampler, GridConfig):
         known += _grid(config.sampler, config.sweep.seed, space, configured, known)
     return Plan(
         config=config,
         space=space,
         known=known,
+        baseline=baseline,
         configured=configured,
         overrides=run_overrides(overrides),
         composer=composer,

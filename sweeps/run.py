@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -28,7 +29,6 @@ from sweeps.launcher import Launcher
 from sweeps.plan import Plan, build_plan
 from sweeps.space import split_command_line
 from sweeps.study import (
-    FINISHED,
     best_trials,
     check_identity,
     find_study,
@@ -45,7 +45,8 @@ if TYPE_CHECKING:  # or TensorFlow is imported
 
 TOP = 5  # trials shown at the end
 
-console = Console(highlight=False, soft_wrap=True)
+# A file has no width at which to cut a table.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
 class SweepFailedError(OSError):
@@ -118,6 +119,10 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         )
         try:
             launcher.run()
+        except Exception as error:
+            launcher.abandon()
+            reason = f"{type(error).__name__}: {error}"
+            raise SweepFailedError(f"{reason} Go on with: {command}") from error
         except BaseException:
             launcher.abandon()
             raise
@@ -142,10 +147,11 @@ def _is_finished(plan: Plan, name: str, storage: str) -> bool:
     study = find_study(name, storage)
     if study is None:
         return False
-    trials = study.get_trials(deepcopy=False)
     timeout = plan.config.sweep.timeout
     is_over = timeout is not None and study.user_attrs.get("seconds", 0.0) >= timeout
-    return is_over or sum(trial.state in FINISHED for trial in trials) >= plan.trials
+    progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
+    progress.add(*study.get_trials(deepcopy=False))
+    return is_over or not plan.needs_more(progress.finished, progress.failed)
 
 
 def _parent_run(plan: Plan, name: str, data: Data, command: str) -> Run:
@@ -237,9 +243,11 @@ def _print_result(plan: Plan, study: optuna.Study, parent: Run) -> None:
         ranked = sorted(complete, key=lambda trial: (sign * trial.values[0], trial.number))
         title = f"Best of {len(complete)} complete trials"
         console.print(top_table(ranked[:TOP], objectives, title))
-        if plan.known and (baseline := study.get_trials(deepcopy=False)[0]).values:
-            console.print(f"\nBaseline (trial 0): {number(baseline.values[0])}")
-    if importances := _importances(study, objectives):
+        baseline = [trial for trial in complete if trial.number == plan.baseline]
+        if baseline:
+            value = number(baseline[0].values[0])
+            console.print(f"\nBaseline, as configured (trial {plan.baseline}): {value}")
+    if importances := _importances(plan, study):
         console.print()
         console.print(importance_table(importances, objectives[0]))
     console.print()
@@ -259,13 +267,19 @@ def _ui(study: optuna.Study, objective: str, parent: Run) -> str:
     )
 
 
-def _importances(study: optuna.Study, objectives: tuple[str, ...]) -> dict[str, float]:
+def _importances(plan: Plan, study: optuna.Study) -> dict[str, float]:
     """Share of each parameter in the variance of the first objective; empty where unknown."""
-    target = (lambda trial: trial.values[0]) if len(objectives) > 1 else None
-    try:
-        return optuna.importance.get_param_importances(study, target=target)
-    except (ValueError, RuntimeError):  # too few trials, or all alike
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if len({trial.values[0] for trial in complete}) < 3:
         return {}
+    # Of one objective, Optuna knows the direction; of a target, that less is better.
+    sign = -1 if plan.config.sweep.directions[0] == "maximize" else 1
+    several = len(plan.config.sweep.objectives) > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return optuna.importance.get_param_importances(
+            study, target=(lambda trial: sign * trial.values[0]) if several else None
+        )
 
 
 if __name__ == "__main__":

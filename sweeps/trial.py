@@ -61,12 +61,14 @@ class Outcome:
             something else than the trial failed: a full disk, a database out of reach.
         values: One an objective, when complete.
         reason: In one line, when it failed or is broken.
+        epochs: Whole ones.
         seconds: Spent in training alone, when complete.
     """
 
     state: str
     values: tuple[float, ...] = ()
     reason: str = ""
+    epochs: int = 0
     seconds: float = 0.0
 
 
@@ -80,25 +82,34 @@ def run_trial(job: Job) -> Outcome:
     from pipeline.run import execute_run
     from pipeline.tracking import STORE_ERRORS
 
+    epochs = 0
     try:
+        report = _reporter(job)
+
+        def on_epoch_end(epoch: int, metrics: Metrics) -> None:
+            nonlocal epochs
+            epochs = epoch
+            report(epoch, metrics)
+
         result = execute_run(
             job.config,
             job.command,
-            on_epoch_end=_reporter(job),
+            on_epoch_end=on_epoch_end,
             data=_load(job.config.data),
             run_id=job.run_id,
             checkpoint=job.checkpoint,
         )
     except StopRun:
-        return Outcome(state="PRUNED")
+        return Outcome(state="PRUNED", epochs=epochs)
     except KeyboardInterrupt:
         return Outcome(state="STOPPED")
     except (*STORE_ERRORS, StorageInternalError) as error:
         return Outcome(state="BROKEN", reason=_reason(error))
     except Exception as error:  # of this configuration: diverged, too large, refused by a library
-        return Outcome(state="FAIL", reason=_reason(error))
+        return Outcome(state="FAIL", reason=_reason(error), epochs=epochs)
     values = objective_values(job.objectives, result.metrics)
-    return Outcome(state="COMPLETE", values=values, seconds=result.training_seconds)
+    seconds = result.training_seconds
+    return Outcome(state="COMPLETE", values=values, epochs=epochs, seconds=seconds)
 
 
 def objective_values(objectives: tuple[str, ...], metrics: Metrics) -> tuple[float, ...]:
@@ -124,13 +135,13 @@ def _reporter(job: Job) -> EpochHook:
     def report(epoch: int, metrics: Metrics) -> None:
         if epoch not in reported:
             trial.report(metrics[objective], epoch)
-        if trial.should_prune():
+        if epoch < job.config.training.epochs and trial.should_prune():
             raise StopRun
 
     return report
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # the baseline has a pruner of its own: none
 def _open_study(storage: str, name: str, pruner: PrunerConfig) -> optuna.Study:
     return optuna.load_study(
         study_name=name,
