@@ -124,7 +124,7 @@ class Composer(Generic[T]):
         Raises:
             ValueError: A name is unknown, or a value is refused.
         """
-        groups = {name: value for name, value in values.items() if self.is_group(name)}
+        groups = self._options(values)
         try:
             cfg = self._compose(groups).copy()
             for name, value in values.items():
@@ -136,17 +136,34 @@ class Composer(Generic[T]):
             raise ValueError(explain(error, self.config_name)) from error
         return to_typed(cfg, self.schema, self.variants)
 
-    def value(self, name: str) -> Value:
-        """What a dotted name or group is without any variation."""
-        cfg = self._compose({})
+    def value(self, name: str, values: Mapping[str, Value] | None = None) -> Value:
+        """What a dotted name or group is as configured, with the options among the values.
+
+        Raises:
+            ValueError: The name is unknown.
+        """
+        cfg = self._compose(self._options(values or {}))
         if self.is_group(name):
-            return self._choices[name]
-        return cast(Value, OmegaConf.select(cfg, name))
+            return self._choices.get(name)
+        value = OmegaConf.select(cfg, name, default=_MISSING)
+        if value is _MISSING:
+            raise ValueError(_unknown(name, self.config_name))
+        return cast(Value, value)
 
     def is_group(self, name: str) -> bool:
         return name in self._groups
 
-    def _compose(self, groups: Mapping[str, Value]) -> DictConfig:
+    def _options(self, values: Mapping[str, Value]) -> dict[str, str]:
+        groups = {}
+        for name, value in values.items():
+            if self.is_group(name):
+                if not isinstance(value, str):
+                    shown = "null" if value is None else value
+                    raise ValueError(f"{name}={shown}: {name} is a group, it needs an option.")
+                groups[name] = value
+        return groups
+
+    def _compose(self, groups: Mapping[str, str]) -> DictConfig:
         """Composed once a choice of options: it takes Hydra 80 ms."""
         options = tuple(f"{name}={value}" for name, value in groups.items())
         if options not in self._composed:

@@ -286,7 +286,7 @@ class BudgetConfig:
     trials: int
     timeout: float | None
     objective: Any
-    first: list[dict[str, Any]]
+    first: list[Any]
     seed: int
     max_failures: int
     dry_run: bool
@@ -305,6 +305,10 @@ class BudgetConfig:
         )
         for objective in self.objectives:
             check_choice("sweep.objective", objective, tuple(OBJECTIVES))
+        for index, given in enumerate(self.first):
+            check(
+                isinstance(given, dict), f"sweep.first[{index}]", "a map of names to values", given
+            )
         check(0 <= self.seed < 2**32, "sweep.seed", "in [0, 2**32)", self.seed)
         check_at_least("sweep.max_failures", self.max_failures, 1)
 

@@ -112,14 +112,16 @@ class Progress:
     def time_left(self, running: int, workers: int) -> str:
         """When the rest will be done: the middle nine tenths of what chance may bring.
 
-        The sum of `n` more trials, each as long as those so far, whose mean is uncertain too.
+        Each worker has some more trials to do, each as long as those so far, whose mean is
+        uncertain too. The running ones may be nearly done, or just begun.
         """
-        rest = self.budget - self.finished - running / 2
+        rest = self.budget - self.finished
         if len(self.seconds) < 3 or rest <= 0:
             return "time left: known after 3 trials" if rest > 0 else "nearly done"
         mean, deviation = statistics.mean(self.seconds), statistics.stdev(self.seconds)
-        spread = Z * deviation * math.sqrt(rest + rest**2 / len(self.seconds))
-        low, high = (max(rest * mean + sign * spread, 0) / workers for sign in (-1, 1))
+        fewest, most = math.ceil((rest - running) / workers), math.ceil(rest / workers)
+        spread = Z * deviation * math.sqrt(most + most**2 / len(self.seconds))
+        low, high = max(fewest * mean - spread, 0), most * mean + spread
         return f"{duration(low)} to {duration(high)} left"
 
 
@@ -186,7 +188,8 @@ class Display(AbstractContextManager["Display"]):
 
 def number(value: float) -> str:
     """A metric: whole numbers with separators, fractions with four places."""
-    return f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
+    is_count = math.isfinite(value) and value == int(value) and abs(value) > 1
+    return f"{value:,.0f}" if is_count else f"{value:.4f}"
 
 
 def short(value: Value) -> str:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self, TypeVar
@@ -43,6 +44,7 @@ class LocalExecutor:
     def __init__(self, workers: int, warm_up: Callable[[], None]) -> None:
         self._warm_up = warm_up
         self._stopped = False
+        self._replacing = threading.Lock()
         self._workers = [_Worker(warm_up) for _ in range(workers)]
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
         for number in range(workers):
@@ -58,15 +60,17 @@ class LocalExecutor:
         try:
             return self._workers[number].execute(function, *arguments)
         except WorkerDiedError:
-            if not self._stopped:
-                self._workers[number] = _Worker(self._warm_up)
+            with self._replacing:
+                if not self._stopped:
+                    self._workers[number] = _Worker(self._warm_up)
             raise
         finally:
             self._idle.put(number)
 
     def interrupt(self) -> None:
         """Tells every job to stop; its future says how it did. No worker is replaced any more."""
-        self._stopped = True
+        with self._replacing:  # or a worker that is just being made would be missed
+            self._stopped = True
         for worker in self._workers:
             worker.interrupt()
 
@@ -97,7 +101,9 @@ class _Worker:
         self._pipe, theirs = _SPAWN.Pipe()
         self._process = _SPAWN.Process(target=_work, args=(theirs, warm_up), daemon=True)
         # Ctrl-C in a terminal reaches every process there; the launcher alone answers it. A
-        # process inherits what its starting thread has blocked.
+        # process inherits what its starting thread has blocked. Python's own tracker, which comes
+        # with the first process, would unblock it again, so it is started before.
+        resource_tracker.ensure_running()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 from pipeline.compose import Composer, Value
@@ -156,8 +157,7 @@ def to_override(name: str, value: Value) -> str:
             if OverridesParser.create().parse_override(plain).value() != value:
                 raise HydraException
         except HydraException:
-            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-            return f"{name}='{escaped}'"
+            return f"{name}={QuotedString(text=value, quote=Quote.single).with_quotes()}"
     return plain
 
 
@@ -195,6 +195,9 @@ def _culprit(message: str, space: Space, values: Values) -> str:
     for parameter in space.parameters:
         if message.startswith((f"{parameter.name} ", f"{parameter.name}:", f"{parameter.name}=")):
             return parameter.where
+    for name, value in space.fixed.items():
+        if message.startswith((f"{name} ", f"{name}:", f"{name}=")):
+            return f"search.space['{name}']: {value}"
     return "search.space, at " + " ".join(to_override(*item) for item in values.items())
 
 
@@ -213,7 +216,7 @@ def _first(
 
         def choose(parameter: Parameter, given: Mapping[str, Any] = given) -> Value:
             name = parameter.name
-            return given[name] if name in given else composer.value(name)
+            return given[name] if name in given else composer.value(name, given)
 
         values = space.assign(choose, configured)
         outside = [

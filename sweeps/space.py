@@ -2,12 +2,13 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from pipeline.compose import Value
@@ -46,6 +47,7 @@ class Parameter:
         declaration: What it is searched over, as written.
         where: The same with its place, for messages.
         distribution: What its values are drawn from.
+        is_range: Whether a grid takes each of its values.
         condition: When it is searched; None: always.
     """
 
@@ -53,6 +55,7 @@ class Parameter:
     declaration: str
     where: str
     distribution: Distribution
+    is_range: bool
     condition: Condition | None
 
     @property
@@ -63,13 +66,13 @@ class Parameter:
         return sorted({self.distribution.low, self.distribution.high})
 
     def points(self, count: int) -> list[Value]:
-        """Values of a grid: all of a choice or a stepped range, else `count`, ends included."""
+        """Values of a grid: all of a choice or a range, else `count`, ends included."""
         spread = self.distribution
         if isinstance(spread, CategoricalDistribution):
             return list(spread.choices)
         low, high = spread.low, spread.high
-        if spread.step not in (None, 1) or (isinstance(spread, FloatDistribution) and spread.step):
-            return _stepped(low, high, spread.step)
+        if self.is_range:
+            return _stepped(low, high, spread.step or 1)
         shares = [i / (count - 1) for i in range(1, count - 1)]
         if spread.log:
             inner = [low * (high / low) ** share for share in shares]
@@ -77,7 +80,7 @@ class Parameter:
             inner = [low + share * (high - low) for share in shares]
         if isinstance(spread, IntDistribution):
             inner = [round(value) for value in inner]
-        return list(dict.fromkeys([low, *inner, high]))
+        return list(dict.fromkeys([low, *(min(value, high) for value in inner), high]))
 
     def contains(self, value: Value) -> bool:
         return _contains(self.distribution, value)
@@ -150,10 +153,12 @@ def split_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, s
 def run_overrides(overrides: Sequence[str]) -> list[str]:
     """The overrides of a sweep's command line that belong to its runs."""
     return [
-        override
-        for override in overrides
-        if override.lstrip("+~").split("=")[0].split(".")[0].split("/")[0] not in OWN_SECTIONS
+        override for override in overrides if _section(override.lstrip("+~")) not in OWN_SECTIONS
     ]
+
+
+def _section(override: str) -> str:
+    return re.split(r"[=./@]", override, maxsplit=1)[0]
 
 
 def build_space(search: SearchConfig, searched: Mapping[str, str], given: Sequence[str]) -> Space:
@@ -177,7 +182,7 @@ def build_space(search: SearchConfig, searched: Mapping[str, str], given: Sequen
         where = f"{key}={text}" if name in searched else f"{key}: {text}"
         if any(name == never or name.startswith(f"{never}.") for never in NEVER_SEARCHED):
             raise ValueError(f"{where}: {name} is the same in every trial, it is not searched.")
-        if name.split(".")[0] in OWN_SECTIONS:
+        if _section(name) in OWN_SECTIONS:
             raise ValueError(f"{where}: {name} is not of the run, so it cannot be searched.")
         override = _parse(name, text, where)
         if not override.is_sweep_override():
@@ -187,16 +192,14 @@ def build_space(search: SearchConfig, searched: Mapping[str, str], given: Sequen
         if name in search.when:
             undecided = declared.keys() - fixed.keys() - {each.name for each in parameters}
             condition = _condition(name, search.when[name], undecided)
-        try:
-            distribution = _distribution(override)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        distribution = _distribution(override, where)
         parameters.append(
             Parameter(
                 name=name,
                 declaration=text,
                 where=where,
                 distribution=distribution,
+                is_range=isinstance(override.value(), RangeSweep),
                 condition=condition,
             )
         )
@@ -218,53 +221,71 @@ def _spelt(value: object) -> str:
 def _parse(name: str, text: str, where: str) -> Override:
     try:
         return OverridesParser.create().parse_override(f"{name}={text}")
-    except OverrideParseException as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{where}: not in Hydra's grammar: {reason}") from error
     except HydraException as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _condition(name: str, text: str, undecided: Set[str]) -> Condition:
     where = f"search.when['{name}']: {text}"
-    other, _, among = text.partition("=")
+    other, equals, among = text.partition("=")
+    if not equals:
+        raise ValueError(f"{where}: must be an override, such as optimizer=adam.")
     if other in undecided:
         raise ValueError(f"{where}: {other} must stand before {name} in search.space.")
     override = _parse(other, among, where)
     if not override.is_sweep_override():
-        return Condition(name=other, declaration=text, allows=lambda v: v == override.value())
-    distribution = _distribution(override)
+        return Condition(
+            name=other, declaration=text, allows=lambda v: _is_same(v, override.value())
+        )
+    distribution = _distribution(override, where)
     return Condition(name=other, declaration=text, allows=lambda v: _contains(distribution, v))
 
 
 def _contains(spread: Distribution, value: Value) -> bool:
     """Whether a value may be drawn from a distribution."""
     if isinstance(spread, CategoricalDistribution):
-        return any(value == choice and type(value) is type(choice) for choice in spread.choices)
+        return any(_is_same(value, choice) for choice in spread.choices)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    on_step = spread.step is None or math.isclose(
-        (value - spread.low) / spread.step, round((value - spread.low) / spread.step), abs_tol=1e-8
-    )
-    return spread.low <= value <= spread.high and on_step
+    if not spread.low <= value <= spread.high:
+        return False
+    steps = (value - spread.low) / spread.step if spread.step else 0
+    return abs(steps - round(steps)) < 1e-8  # as Optuna
+
+
+def _is_same(value: object, other: object) -> bool:
+    """`0` and `0.0` are, `0` and `false` are not."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _stepped(low: float, high: float, step: float) -> list[Value]:
-    return [low + i * step for i in range(round((high - low) / step) + 1)]
+    count = round((high - low) / step)
+    return [*(min(round(low + i * step, 12), high) for i in range(count)), high]
 
 
-def _distribution(override: Override) -> Distribution:
+def _distribution(override: Override, where: str) -> Distribution:
+    try:
+        return _read(override)
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _read(override: Override) -> Distribution:
     match override.value():
         case IntervalSweep(start=int(low), end=int(high), tags=tags):
             return IntDistribution(low, high, log="log" in tags)
         case IntervalSweep(start=low, end=high, tags=tags) if low is not None and high is not None:
+            _check_finite(low, high)
             return FloatDistribution(float(low), float(high), log="log" in tags)
         case RangeSweep() as stepped:
             return _range(stepped)
         case ChoiceSweep(list=choices, tags=tags):
             if "log" in tags:
                 raise ValueError("log is for interval and range, not for choice.")
-            return CategoricalDistribution([_choice(choice) for choice in choices])
+            values = [_choice(choice) for choice in choices]
+            if any(_is_same(*pair) for pair in itertools.combinations(values, 2)):
+                raise ValueError("a choice has each value once.")
+            return CategoricalDistribution(values)
     raise ValueError("not supported here: write interval, range or choice.")
 
 
@@ -273,16 +294,22 @@ def _range(stepped: RangeSweep) -> Distribution:
     start, stop, step = stepped.start, stepped.stop, stepped.step
     if start is None or stop is None or step <= 0:
         raise ValueError("a range needs a start, a stop and a positive step.")
-    count = math.ceil(round((stop - start) / step, 9))
-    if count < 1:
+    _check_finite(start, stop, step)
+    if start >= stop:
         raise ValueError("`start < stop` must hold for a range.")
     log = "log" in stepped.tags
     if isinstance(start, int) and isinstance(stop, int) and isinstance(step, int):
-        return IntDistribution(start, start + (count - 1) * step, log=log, step=step)
+        return IntDistribution(start, range(start, stop, step)[-1], log=log, step=step)
+    count = math.ceil(round((stop - start) / step, 9))
     if log:
         raise ValueError("log is for interval, or a range of whole numbers with step 1.")
     high = round(start + (count - 1) * step, 12)
     return FloatDistribution(float(start), high, step=float(step))
+
+
+def _check_finite(*ends: float) -> None:
+    if not all(map(math.isfinite, ends)):
+        raise ValueError("its ends must be finite.")
 
 
 def _choice(choice: object) -> Value:

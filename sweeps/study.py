@@ -3,16 +3,18 @@
 import json
 import os
 import socket
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.pruners import (
     BasePruner,
     HyperbandPruner,
@@ -90,9 +92,12 @@ def _hold_file(name: str, folder: Path) -> Iterator[None]:
     lock, holder = folder / f".sweep-{name}.lock", folder / f".sweep-{name}.holder"
     try:
         with FileLock(lock, timeout=0):
-            holder.write_text(_me(), encoding="utf-8")
+            new = holder.with_suffix(f".{os.getpid()}.tmp")
+            new.write_text(_me(), encoding="utf-8")
+            new.replace(holder)
             yield
     except Timeout:
+        time.sleep(0.2)  # who has just taken it writes its name
         by = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
         raise HeldError(f"sweep.name={name} is being run by {by}.") from None
 
@@ -114,12 +119,20 @@ def _hold_on_server(name: str, uri: str) -> Iterator[None]:
                 sqlalchemy.text(
                     "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) "
                     "WHERE locktype = 'advisory' AND classid = 0 AND granted "
+                    "AND pg_locks.database = "
+                    "(SELECT oid FROM pg_database WHERE datname = current_database()) "
                     "AND objid = hashtext(:key)::bit(32)::bigint::oid"
                 ),
                 key,
             )
             raise HeldError(f"sweep.name={name} is being run by {by or 'another process'}.")
-        yield
+        try:
+            yield
+        finally:  # now, not when the server notices that the connection is closed
+            with suppress(sqlalchemy.exc.SQLAlchemyError):
+                connection.execute(
+                    sqlalchemy.text("SELECT pg_advisory_unlock(0, hashtext(:key))"), key
+                )
 
 
 def find_study(name: str, uri: str) -> optuna.Study | None:
@@ -183,11 +196,50 @@ def build_pruner(config: PrunerConfig) -> BasePruner:
     return NopPruner()
 
 
-def build_sampler(config: SamplerConfig, *, sweep_seed: int, seed: int) -> BaseSampler:
+class _CmaEs(CmaEsSampler):
+    """Models the names that every trial has: Optuna's own fails on solutions of several lengths.
+
+    Args:
+        always: Those names.
+        settings: Of Optuna's.
+    """
+
+    def __init__(self, always: Set[str], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._always = always
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        found = super().infer_relative_search_space(study, trial)
+        return {name: spread for name, spread in found.items() if name in self._always}
+
+
+class _QMC(QMCSampler):
+    """Takes the point of the trial's number: Optuna's own takes the next one at every draw."""
+
+    _number = 0
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        self._number = trial.number
+        return super().sample_relative(study, trial, search_space)
+
+    def _find_sample_id(
+        self, study: optuna.Study, search_space: dict[str, BaseDistribution]
+    ) -> int:
+        return self._number
+
+
+def build_sampler(
+    config: SamplerConfig, *, always: Set[str], sweep_seed: int, seed: int
+) -> BaseSampler:
     """A sampler without a past: all it knows, it reads from the study.
 
     Args:
         config: Which one.
+        always: Names that are searched in every trial.
         sweep_seed: Of what all trials of a sweep share: the sequence of `qmc`.
         seed: Of this draw.
     """
@@ -202,7 +254,8 @@ def build_sampler(config: SamplerConfig, *, sweep_seed: int, seed: int) -> BaseS
                 seed=seed,
             )
         case CmaEsConfig():
-            return CmaEsSampler(
+            return _CmaEs(
+                always,
                 n_startup_trials=config.n_startup_trials,
                 sigma0=config.sigma0,
                 popsize=config.popsize,
@@ -213,7 +266,7 @@ def build_sampler(config: SamplerConfig, *, sweep_seed: int, seed: int) -> BaseS
                 seed=seed,
             )
         case QMCConfig():
-            return QMCSampler(
+            return _QMC(
                 qmc_type=config.qmc_type,
                 scramble=config.scramble,
                 seed=sweep_seed,
@@ -224,11 +277,50 @@ def build_sampler(config: SamplerConfig, *, sweep_seed: int, seed: int) -> BaseS
     return RandomSampler(seed)
 
 
+class SeededSampler(BaseSampler):
+    """A sampler whose draws are seeded by the sweep, the trial and, drawn alone, the parameter.
+
+    So what a launcher that died half-way in asking had not yet drawn comes out as it would have.
+
+    Args:
+        config: Which one.
+        space: What is searched.
+        seed: Of the sweep.
+    """
+
+    def __init__(self, config: SamplerConfig, space: Space, seed: int) -> None:
+        self._config, self._seed = config, seed
+        self._always = {each.name for each in space.parameters if each.condition is None}
+
+    def _of(self, trial: FrozenTrial, name: str = "") -> BaseSampler:
+        state = np.random.SeedSequence([self._seed, trial.number, *name.encode()])
+        seed = int(state.generate_state(1)[0])
+        return build_sampler(self._config, always=self._always, sweep_seed=self._seed, seed=seed)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        self._relative = self._of(trial)  # which keeps what it infers
+        return self._relative.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._relative.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        sampler = self._of(trial, param_name)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+
 class Asker:
     """Asks a study for trials, each with a value for each parameter that is searched in it.
-
-    A launcher that died half-way in asking is taken up: every draw is seeded by the sweep, the
-    trial and the parameter, so that what was not yet drawn comes out as it would have.
 
     Args:
         study: Of which this process alone asks.
@@ -249,8 +341,9 @@ class Asker:
         known: Sequence[Values],
         configured: Values,
     ) -> None:
-        self.study, self.space, self.sampler = study, space, sampler
-        self.seed, self.known, self.configured = seed, known, configured
+        self.study, self.space = study, space
+        self.known, self.configured = known, configured
+        study.sampler = SeededSampler(sampler, space, seed)
 
     def ask(self) -> tuple[Trial, Values]:
         trials = self.study.get_trials(deepcopy=False)
@@ -258,19 +351,16 @@ class Asker:
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
         if number < len(self.known) and not waiting:
             self.study.enqueue_trial(self.known[number])
-        self._seed(number)
         trial = self.study.ask()
         return trial, self._suggest(trial)
 
     def adopt(self, frozen: FrozenTrial) -> tuple[Trial, Values]:
         """Takes up a trial that an earlier launcher asked."""
-        self._seed(frozen.number)
         trial = Trial(self.study, frozen._trial_id)
         return trial, self._suggest(trial)
 
     def _suggest(self, trial: Trial) -> Values:
         def draw(parameter: Parameter) -> str | int | float | bool | None:
-            self._seed(trial.number, parameter.name)
             name, spread = parameter.name, parameter.distribution
             if isinstance(spread, CategoricalDistribution):
                 return trial.suggest_categorical(name, spread.choices)
@@ -283,11 +373,6 @@ class Asker:
             )
 
         return self.space.assign(draw, self.configured)
-
-    def _seed(self, number: int, name: str = "") -> None:
-        state = np.random.SeedSequence([self.seed, number, *name.encode()])
-        seed = int(state.generate_state(1)[0])
-        self.study.sampler = build_sampler(self.sampler, sweep_seed=self.seed, seed=seed)
 
 
 def best_trials(study: optuna.Study) -> list[FrozenTrial]:
