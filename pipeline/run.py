@@ -69,7 +69,8 @@ def execute_run(
             killed goes on.
 
     Raises:
-        ValueError: The data or the size of the network is refused; no run is recorded then.
+        ValueError: The data or the size of the network is refused; no run is recorded then, but
+            one that was created beforehand is FAILED for its size.
         OSError: The data cannot be read or downloaded; no run is recorded then.
         pipeline.endings.DivergedError: The loss is not finite; the run is recorded as FAILED.
         pipeline.endings.StopRun: The hook raised it; the run is recorded as KILLED.
@@ -77,19 +78,22 @@ def execute_run(
     # TensorFlow and MLflow take ten seconds to import: a misspelt key need not wait for them.
     from pipeline.data import load
     from pipeline.evaluate import evaluate
-    from pipeline.model import build_mlp, build_optimizer
+    from pipeline.model import build_mlp, build_optimizer, check_memory
     from pipeline.tracking import start_run
     from pipeline.train import initialize, steps_per_epoch, train
 
     initialize(threads=config.training.threads, seed=config.seed)
     data = data or load(config.data)
-    model = build_mlp(config.model, data)
-    optimizer = build_optimizer(
-        config.optimizer,
-        steps_per_epoch=steps_per_epoch(len(data.train), config.training),
-        epochs=config.training.epochs,
-    )
+    if run_id is None:  # what does not fit leaves no run
+        inputs = data.train.images[0].size
+        check_memory(config.model, num_inputs=inputs, num_classes=len(data.class_names))
     with start_run(config, data, command, run_id=run_id) as run:
+        model = build_mlp(config.model, data)
+        optimizer = build_optimizer(
+            config.optimizer,
+            steps_per_epoch=steps_per_epoch(len(data.train), config.training),
+            epochs=config.training.epochs,
+        )
         recorded = run.metrics if run_id else {}
         best = {name: value for name, value in recorded.items() if name.startswith("best_")}
         hook_seconds: list[float] = []

@@ -196,13 +196,22 @@ class Run:
         mlflow.MlflowClient().set_terminated(self.run_id, status)
 
     def reopen(self) -> None:
-        """Goes on with a run that had ended."""
-        mlflow.MlflowClient().update_run(self.run_id, status="RUNNING")
+        """Goes on with a run that had ended, and forgets why it had."""
+        client = mlflow.MlflowClient()
+        tags = client.get_run(self.run_id).data.tags
+        for name in tags.keys() & {"error", "diverged", "diverged.epoch"}:
+            client.delete_tag(self.run_id, name)
+        client.update_run(self.run_id, status="RUNNING")
 
     @property
     def status(self) -> str:
-        """RUNNING, FINISHED, KILLED or FAILED."""
-        return str(mlflow.MlflowClient().get_run(self.run_id).info.status)
+        """RUNNING, FINISHED, KILLED or FAILED; DELETED when somebody deleted it."""
+        info = mlflow.MlflowClient().get_run(self.run_id).info
+        return "DELETED" if info.lifecycle_stage == "deleted" else str(info.status)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return dict(mlflow.MlflowClient().get_run(self.run_id).data.tags)
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Records metrics of an epoch, or with step 0 of the whole run, in one synchronous call."""

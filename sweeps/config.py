@@ -259,9 +259,9 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         check(
-            self.storage is None or "://" in self.storage,
+            self.storage is None or self.storage.startswith(("sqlite:///", "postgresql")),
             "study.storage",
-            "null or an address such as postgresql+psycopg://host/database",
+            "null, sqlite:///FILE or postgresql+psycopg://HOST/DATABASE",
             self.storage,
         )
 

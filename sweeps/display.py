@@ -130,7 +130,8 @@ class Display(AbstractContextManager["Display"]):
 
     def __init__(self, console: Console, progress: Progress, workers: int) -> None:
         self.console, self.progress, self.workers = console, progress, workers
-        self.running: Sequence[Running] = ()
+        self._running: Sequence[Running] = ()
+        self._total = 0
         self._live = Live(
             console=console, get_renderable=self._render, refresh_per_second=4, transient=True
         )
@@ -152,6 +153,10 @@ class Display(AbstractContextManager["Display"]):
     ) -> None:
         self._live.stop()
 
+    def show(self, running: Sequence[Running], total: int) -> None:
+        """Shows some of all running trials from now on."""
+        self._running, self._total = running, total
+
     def print_trial(self, trial: FrozenTrial, note: str, seconds: float) -> None:
         """One line for a trial that ended."""
         width = len(str(self.progress.budget - 1))
@@ -170,7 +175,7 @@ class Display(AbstractContextManager["Display"]):
         table = Table(box=None, pad_edge=False)
         for heading in ("trial", "epoch", "", "now", "s/epoch", "settings"):
             table.add_column(heading, justify="left" if heading in ("", "settings") else "right")
-        for trial in self.running[:SHOWN]:
+        for trial in self._running:
             table.add_row(
                 str(trial.number),
                 f"{trial.epoch}/{trial.epochs}",
@@ -179,9 +184,9 @@ class Display(AbstractContextManager["Display"]):
                 f"{trial.seconds / trial.epoch:.2f}" if trial.epoch else "",
                 settings(trial.values),
             )
-        if len(self.running) > SHOWN:
-            table.add_row("", "", "", "", "", f"and {len(self.running) - SHOWN} more")
-        left = self.progress.time_left(len(self.running), self.workers)
+        if self._total > len(self._running):
+            table.add_row("", "", "", "", "", f"and {self._total - len(self._running)} more")
+        left = self.progress.time_left(self._total, self.workers)
         summary = f"{self.progress.counts}; {self.progress.best_text}; {left}"
         return Group("", table, Text(summary, style="bold"))
 

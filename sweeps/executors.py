@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -58,14 +58,19 @@ class LocalExecutor:
     def _execute(self, function: Callable[..., T], *arguments: object) -> T:
         number = self._idle.get()
         try:
+            if not self._workers[number].is_alive:  # it died idle: not of this job
+                self._replace(number)
             return self._workers[number].execute(function, *arguments)
         except WorkerDiedError:
-            with self._replacing:
-                if not self._stopped:
-                    self._workers[number] = _Worker(self._warm_up)
+            self._replace(number)
             raise
         finally:
             self._idle.put(number)
+
+    def _replace(self, number: int) -> None:
+        with self._replacing:
+            if not self._stopped:
+                self._workers[number] = _Worker(self._warm_up)
 
     def interrupt(self) -> None:
         """Tells every job to stop; its future says how it did. No worker is replaced any more."""
@@ -123,6 +128,10 @@ class _Worker:
             return result  # type: ignore[no-any-return]
         raise result
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
     def interrupt(self) -> None:
         self._process.terminate()
 
@@ -139,7 +148,7 @@ def _work(pipe: Connection, warm_up: Callable[[], None]) -> None:
     warm_up()  # until here, SIGTERM ends the process at once
     signal.signal(signal.SIGTERM, _stop)
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
-        while signal.getsignal(signal.SIGTERM) is _stop:
+        while not _stopping:
             function, arguments = pipe.recv()
             pipe.send(_outcome(function, arguments))
 
@@ -151,9 +160,14 @@ def _outcome(function: Callable[..., Any], arguments: tuple[object, ...]) -> tup
         return False, error
 
 
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows is the clean end
-    raise KeyboardInterrupt
+_stopping: list[int] = []  # signals received, in a worker
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Interrupts the job once: what follows is its clean end."""
+    _stopping.append(signum)
+    if len(_stopping) == 1:
+        raise KeyboardInterrupt
 
 
 def _die_with_parent() -> None:

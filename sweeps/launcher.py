@@ -79,6 +79,7 @@ class Launcher:
     flights: dict[Future[Outcome], Flight] = field(default_factory=dict)
     overheads: list[float] = field(default_factory=list)
     broken: str = ""
+    next_look: float = 0.0
 
     def __post_init__(self) -> None:
         config = self.plan.config
@@ -117,10 +118,11 @@ class Launcher:
         """
         free = [(time.monotonic(), True)] * self.workers
         while not self.must_stop():
-            while free and self.may_ask():
-                since, is_first = free.pop()
+            while free and self.may_ask() and not self.has_failed:
+                since, is_first = free[-1]
                 trial, values = waiting.pop(0) if waiting else self.asker.ask()
-                self.submit(trial, values, since=since, is_first=is_first)
+                if self.submit(trial, values, since=since, is_first=is_first):
+                    free.pop()
             if not self.flights:
                 break
             done, _ = wait(self.flights, timeout=TICK, return_when=FIRST_COMPLETED)
@@ -129,9 +131,8 @@ class Launcher:
                 flight = self.flights.pop(future)
                 if self.settle(flight, future):
                     waiting.append((flight.trial, flight.values))
-            if self.display.is_live:
-                flights = list(self.flights.values())[:SHOWN]
-                self.display.running = [self.look(flight) for flight in flights]
+            if self.display.is_live and time.monotonic() >= self.next_look:
+                self.look()
 
     def must_stop(self) -> bool:
         return bool(self.received or self.broken or self.is_over or self.has_failed)
@@ -168,6 +169,7 @@ class Launcher:
                 outcome = Outcome(state="COMPLETE", values=values_told, epochs=epochs)
                 self.tell(trial, run, outcome, seconds=metrics["fit_seconds"])
             else:
+                run.reopen()
                 waiting.append((trial, values))
         return waiting
 
@@ -182,28 +184,33 @@ class Launcher:
         if self.flights:
             self.executor.interrupt()
             done, running = wait(self.flights, timeout=GRACE)
-            for future in done:
-                self.settle(self.flights[future], future)
+            for future in done:  # one that is told is no longer ours to end
+                self.settle(self.flights.pop(future), future)
             self.executor.stop(grace=0)
             for future in running:
-                self.flights[future].run.end("KILLED")
-            self.flights.clear()
+                self.flights.pop(future).run.end("KILLED")
 
-    def abandon(self) -> None:
+    def abandon(self, status: str, error: str = "") -> None:
         """Ends what can be ended when this launcher failed; a later one takes up the rest."""
         self.executor.stop(grace=0)
         with suppress(Exception):  # what failed may be the store
             for flight in self.flights.values():
                 flight.run.end("KILLED")
-            self.parent.end("KILLED")
+            self.parent.end(status, error=error)
 
     # --- one trial -----------------------------------------------------------------------
 
-    def submit(self, trial: Trial, values: Values, *, since: float, is_first: bool) -> None:
+    def submit(self, trial: Trial, values: Values, *, since: float, is_first: bool) -> bool:
+        """Has a worker execute the trial; returns whether its configuration is accepted."""
         config, run = self.plan.config, self.run_of(trial, values)
+        try:
+            run_config = self.plan.trial_config(values)
+        except ValueError as error:  # values that are refused together only
+            self.tell(trial, run, Outcome(state="FAIL", reason=str(error)), seconds=0.0)
+            return False
         is_baseline = trial.number == self.plan.baseline
         job = Job(
-            config=self.plan.trial_config(values),
+            config=run_config,
             command=self.plan.command(values, "evaluate_test=false"),
             run_id=run.run_id,
             checkpoint=self.checkpoints / run.run_id / "training.npz",
@@ -217,6 +224,7 @@ class Launcher:
             trial=trial, values=values, run=run, job=job, since=since, is_first=is_first
         )
         self.flights[self.executor.submit(run_trial, job)] = flight
+        return True
 
     def run_of(self, trial: Trial, values: Values) -> Run:
         """The trial's one run: that of an earlier try, or a new one."""
@@ -224,7 +232,9 @@ class Launcher:
 
         name = f"trial-{trial.number:03d} {settings(values)}"
         if run_id := trial.user_attrs.get("run_id"):
-            return Run(run_id=run_id, name=name, store=self.parent.store)
+            run = Run(run_id=run_id, name=name, store=self.parent.store)
+            if run.status != "DELETED":
+                return run
         tags = {"sweep": self.study.study_name, "trial": trial.number}
         run = find_run(self.parent.store, tags, parent=self.parent) or create_run(
             self.parent.store, name, tags, parent=self.parent
@@ -252,10 +262,12 @@ class Launcher:
                 flight.trial.set_user_attr("deaths", deaths)
                 return True
             else:
-                outcome = Outcome(state="FAIL", reason=f"{error} It was trial {number}'s {deaths}.")
+                reason = f"{error} {deaths} workers died in this trial."
+                outcome = Outcome(state="FAIL", reason=reason)
         if outcome.state == "STOPPED":
             run.end("KILLED")
-        elif outcome.state == "BROKEN":
+            return not self.must_stop()  # somebody stopped the worker alone
+        if outcome.state == "BROKEN":
             self.broken = outcome.reason
             with suppress(Exception):  # what is broken may be the store
                 run.end("FAILED", error=outcome.reason)
@@ -271,6 +283,8 @@ class Launcher:
         if outcome.state == "FAIL":
             run.end("FAILED", error=outcome.reason)
             trial.set_user_attr("reason", outcome.reason)
+        elif outcome.state == "PRUNED":
+            run.end("KILLED")
         trial.set_user_attr("seconds", seconds)
         trial.set_user_attr("epochs", outcome.epochs)
         values = outcome.values or None
@@ -281,7 +295,15 @@ class Launcher:
         self.parent.log_metrics(self.progress.metrics, step=self.progress.finished)
         self.display.print_trial(frozen, outcome.reason, seconds)
 
-    def look(self, flight: Flight) -> Running:
+    def look(self) -> None:
+        """Shows how far the running trials are; spends a tenth of the time on it, at most."""
+        start = time.monotonic()
+        flights = list(self.flights.values())
+        with suppress(Exception):  # a look is not worth a sweep
+            self.display.show([self.running(flight) for flight in flights[:SHOWN]], len(flights))
+        self.next_look = time.monotonic() + 9 * (time.monotonic() - start)
+
+    def running(self, flight: Flight) -> Running:
         metrics = flight.run.metrics
         return Running(
             number=flight.trial.number,

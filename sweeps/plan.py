@@ -58,7 +58,7 @@ class Plan:
     @property
     def workers(self) -> int:
         """Trials at once."""
-        return min(self.config.executor.count(self.config.training.threads), self.trials)
+        return self.config.executor.count(self.config.training.threads)
 
     @property
     def declarations(self) -> dict[str, str]:
@@ -108,7 +108,13 @@ class Plan:
             if not name.startswith(("data.", "tracking.")) and name not in searched
         }
         space = {f"search.space['{name}']": text for name, text in self.declarations.items()}
-        return {"sweep.objective": ", ".join(self.config.sweep.objectives), **space, **settings}
+        # A trial's number tells which known configuration it is: the baseline, a point of the grid.
+        known = {"sweep.first": str(self.config.sweep.first)}
+        if isinstance(self.config.sampler, GridConfig):
+            known["sampler"] = f"grid of {self.config.sampler.points} points"
+            known["sweep.seed"] = str(self.config.sweep.seed)
+        objectives = ", ".join(self.config.sweep.objectives)
+        return {"sweep.objective": objectives, **space, **known, **settings}
 
 
 def build_plan(config: SweepConfig, overrides: Sequence[str], searched: Mapping[str, str]) -> Plan:

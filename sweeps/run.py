@@ -46,7 +46,9 @@ if TYPE_CHECKING:  # or TensorFlow is imported
 TOP = 5  # trials shown at the end
 
 # A file has no width at which to cut a table.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+console = Console(
+    highlight=False, soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 200
+)
 
 
 class SweepFailedError(OSError):
@@ -93,20 +95,19 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
     """
     with ExitStack() as stack:
         stack.enter_context(hold(name, storage))
-        received = stack.enter_context(_held_signals())
-        is_finished = _is_finished(plan, name, storage)
-        workers = 0 if is_finished else plan.workers
+        workers = _count_workers(plan, name, storage)
         executor = stack.enter_context(LocalExecutor(workers, warm_up))
         data = _load(plan)  # while the workers start
+        received = stack.enter_context(_held_signals(command))
         study = open_study(name, open_storage(storage), plan.config.sweep.directions)
         check_identity(study, {**plan.identity, "data": _digest(data)})
-        parent = _parent_run(plan, name, data, command)
+        parent = _parent_run(plan, study, data, command)
         progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
         progress.add(*study.get_trials(deepcopy=False))
-        if is_finished and parent.status == "FINISHED":
+        if not workers and parent.status == "FINISHED":
             _print_result(plan, study, parent)
             return
-        console.print(f"Sweep {name}: {progress.counts}; {workers} workers.")
+        console.print(f"Sweep {name}: {progress.counts}; {workers} at once.")
         launcher = Launcher(
             plan=plan,
             study=study,
@@ -120,11 +121,11 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         try:
             launcher.run()
         except Exception as error:
-            launcher.abandon()
             reason = f"{type(error).__name__}: {error}"
+            launcher.abandon("FAILED", reason)
             raise SweepFailedError(f"{reason} Go on with: {command}") from error
         except BaseException:
-            launcher.abandon()
+            launcher.abandon("KILLED")
             raise
         _conclude(launcher, command)
 
@@ -137,48 +138,50 @@ def _load(plan: Plan) -> Data:
 
 def _digest(data: Data) -> str:
     """What tells one split of one data set from another."""
-    return " ".join(split.digest[:12] for split in (data.train, data.validation) if split)
+    digests = (split.digest[:12] for split in (data.train, data.validation) if split)
+    sizes = f"{len(data.train)}+{len(data.validation or ())} images"
+    return " ".join((sizes, *digests))
 
 
-def _is_finished(plan: Plan, name: str, storage: str) -> bool:
-    """Whether there is a sweep of that name with nothing left to do."""
-    if plan.config.sweep.name is None:
-        return False
-    study = find_study(name, storage)
+def _count_workers(plan: Plan, name: str, storage: str) -> int:
+    """Workers that there is work for; none when there is a sweep of that name that is done."""
+    study = find_study(name, storage) if plan.config.sweep.name else None
     if study is None:
-        return False
+        return min(plan.workers, plan.trials)
     timeout = plan.config.sweep.timeout
     is_over = timeout is not None and study.user_attrs.get("seconds", 0.0) >= timeout
     progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
     progress.add(*study.get_trials(deepcopy=False))
-    return is_over or not plan.needs_more(progress.finished, progress.failed)
+    if is_over or not plan.needs_more(progress.finished, progress.failed):
+        return 0
+    return min(plan.workers, plan.trials - progress.finished)
 
 
-def _parent_run(plan: Plan, name: str, data: Data, command: str) -> Run:
+def _parent_run(plan: Plan, study: optuna.Study, data: Data, command: str) -> Run:
     """The sweep's own run in MLflow, with its settings; that of before, or a new one."""
     from pipeline.tracking import create_run, find_run, log_inputs, open_store
 
     store = open_store(plan.config.tracking)
-    tags = {"sweep": name, "kind": "sweep"}
-    run = find_run(store, tags)
-    if run is None:
-        run = create_run(store, name, tags)
+    name = study.study_name
+    tags = {"sweep": name, "kind": "sweep", "study": study.user_attrs["key"]}
+    run = find_run(store, tags) or create_run(store, name, tags)
+    if "recorded" not in run.tags:  # an earlier launcher may have died before it was
         settings = asdict(plan.config)
         settings["search"] = {"space": plan.declarations}
         log_inputs(run, plan.config, data, command, settings=settings)
-        run.set_tags({"mlflow.source.name": "sweeps.run"})
+        run.set_tags({"mlflow.source.name": "sweeps.run", "recorded": "true"})
     return run
 
 
 @contextmanager
-def _held_signals() -> Iterator[list[int]]:
+def _held_signals(command: str) -> Iterator[list[int]]:
     """Collects the first Ctrl-C or SIGTERM; a second one interrupts at once."""
     received: list[int] = []
 
     def hold_back(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if len(received) > 1:
-            raise _interruption(number, "Stopped at once.")
+            raise _interruption(number, f"Stopped at once. Go on with: {command}")
         console.print("Stopping at the end of the batch; once more to stop at once.")
 
     handled = (signal.SIGINT, signal.SIGTERM)
@@ -205,12 +208,13 @@ def _conclude(launcher: Launcher, command: str) -> None:
     if launcher.broken:
         parent.end("FAILED", error=launcher.broken)
         raise SweepFailedError(f"{launcher.broken} Stopped after {progress.counts}. {go_on}")
-    if launcher.has_failed:
+    if launcher.has_failed and progress.finished < progress.budget:
         failed = launcher.study.get_trials(deepcopy=False, states=[TrialState.FAIL])
-        reason = f"{len(failed)} trials failed, as many as sweep.max_failures allows"
+        reason = f"{len(failed)} failed trials reach sweep.max_failures"
         parent.end("FAILED", error=reason)
         last = failed[-1].user_attrs.get("reason", "for no recorded reason")
-        raise SweepFailedError(f"{reason}; the last one: {last} {go_on}")
+        more = f"Go on, with a larger sweep.max_failures: {command}"
+        raise SweepFailedError(f"{reason}; the last one: {last} {more}")
     parent.describe(_description(launcher, command))
     parent.end("FINISHED")
     if progress.finished < progress.budget:

@@ -192,6 +192,7 @@ def build_space(search: SearchConfig, searched: Mapping[str, str], given: Sequen
         if name in search.when:
             undecided = declared.keys() - fixed.keys() - {each.name for each in parameters}
             condition = _condition(name, search.when[name], undecided)
+            _check_possible(name, condition, parameters)
         distribution = _distribution(override, where)
         parameters.append(
             Parameter(
@@ -239,6 +240,17 @@ def _condition(name: str, text: str, undecided: Set[str]) -> Condition:
         )
     distribution = _distribution(override, where)
     return Condition(name=other, declaration=text, allows=lambda v: _contains(distribution, v))
+
+
+def _check_possible(name: str, condition: Condition, before: Sequence[Parameter]) -> None:
+    for parameter in before:
+        spread = parameter.distribution
+        if parameter.name == condition.name and isinstance(spread, CategoricalDistribution):
+            if not any(map(condition.allows, spread.choices)):
+                raise ValueError(
+                    f"search.when['{name}']: {condition.declaration}: never holds, "
+                    f"{parameter.name} is searched over {parameter.declaration}."
+                )
 
 
 def _contains(spread: Distribution, value: Value) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import optuna
@@ -43,7 +44,6 @@ from sweeps.config import (
 from sweeps.space import Parameter, Space, Values
 
 LOCK_TIMEOUT = 60  # seconds that a writer waits for another one
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -90,16 +90,18 @@ def _me() -> str:
 def _hold_file(name: str, folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock, holder = folder / f".sweep-{name}.lock", folder / f".sweep-{name}.holder"
+    held = FileLock(lock)
     try:
-        with FileLock(lock, timeout=0):
-            new = holder.with_suffix(f".{os.getpid()}.tmp")
-            new.write_text(_me(), encoding="utf-8")
-            new.replace(holder)
-            yield
+        held.acquire(timeout=0)
     except Timeout:
         time.sleep(0.2)  # who has just taken it writes its name
         by = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
         raise HeldError(f"sweep.name={name} is being run by {by}.") from None
+    with held:
+        new = holder.with_suffix(f".{os.getpid()}.tmp")
+        new.write_text(_me(), encoding="utf-8")
+        new.replace(holder)
+        yield
 
 
 @contextmanager
@@ -109,7 +111,7 @@ def _hold_on_server(name: str, uri: str) -> Iterator[None]:
         uri,
         poolclass=sqlalchemy.NullPool,
         isolation_level="AUTOCOMMIT",
-        connect_args={"application_name": _me()},
+        connect_args={"application_name": _me(), "keepalives_idle": 30},  # seconds
     )
     key = {"key": f"digit-sweeps {name}"}
     with engine.connect() as connection:
@@ -136,7 +138,7 @@ def _hold_on_server(name: str, uri: str) -> Iterator[None]:
 
 
 def find_study(name: str, uri: str) -> optuna.Study | None:
-    """The study of that name, if there is one; creates nothing."""
+    """The study of that name, if there is one."""
     path = sqlite_path(uri)
     if path and not path.exists():
         return None
@@ -164,6 +166,7 @@ def check_identity(study: optuna.Study, identity: Mapping[str, str]) -> None:
         ValueError: It changed; the message shows how.
     """
     if "identity" not in study.user_attrs:
+        study.set_user_attr("key", uuid4().hex)  # of this study, among all of its name
         study.set_user_attr("identity", json.dumps(dict(identity)))
     before = json.loads(study.user_attrs["identity"])
     names = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]

@@ -131,11 +131,14 @@ def _reporter(job: Job) -> EpochHook:
     study = _open_study(job.storage, job.study, job.pruner)
     trial = optuna.trial.Trial(study, job.trial_id)
     reported = study._storage.get_trial(job.trial_id).intermediate_values
+    was_pruned = "pruned" in trial.user_attrs  # but its launcher was killed before it was told
 
     def report(epoch: int, metrics: Metrics) -> None:
         if epoch not in reported:
             trial.report(metrics[objective], epoch)
-        if epoch < job.config.training.epochs and trial.should_prune():
+        if was_pruned or (epoch < job.config.training.epochs and trial.should_prune()):
+            # Asked again, successive halving answers no: it has noted the rung as completed.
+            trial.set_user_attr("pruned", epoch)
             raise StopRun
 
     return report
