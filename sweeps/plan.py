@@ -58,7 +58,7 @@ class Plan:
     @property
     def workers(self) -> int:
         """Trials at once."""
-        return self.config.executor.count(self.config.training.threads)
+        return min(self.config.executor.count(self.config.training.threads), self.trials)
 
     @property
     def declarations(self) -> dict[str, str]:

@@ -147,7 +147,7 @@ def _count_workers(plan: Plan, name: str, storage: str) -> int:
     """Workers that there is work for; none when there is a sweep of that name that is done."""
     study = find_study(name, storage) if plan.config.sweep.name else None
     if study is None:
-        return min(plan.workers, plan.trials)
+        return plan.workers
     timeout = plan.config.sweep.timeout
     is_over = timeout is not None and study.user_attrs.get("seconds", 0.0) >= timeout
     progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)

@@ -245,12 +245,13 @@ def _condition(name: str, text: str, undecided: Set[str]) -> Condition:
 def _check_possible(name: str, condition: Condition, before: Sequence[Parameter]) -> None:
     for parameter in before:
         spread = parameter.distribution
-        if parameter.name == condition.name and isinstance(spread, CategoricalDistribution):
-            if not any(map(condition.allows, spread.choices)):
-                raise ValueError(
-                    f"search.when['{name}']: {condition.declaration}: never holds, "
-                    f"{parameter.name} is searched over {parameter.declaration}."
-                )
+        if parameter.name != condition.name or not isinstance(spread, CategoricalDistribution):
+            continue
+        if not any(map(condition.allows, spread.choices)):
+            raise ValueError(
+                f"search.when['{name}']: {condition.declaration}: never holds, {parameter.name} "
+                f"is searched over {parameter.declaration}."
+            )
 
 
 def _contains(spread: Distribution, value: Value) -> bool:

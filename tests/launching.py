@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import psutil
 
@@ -40,7 +42,7 @@ def wait_until(holds: Callable[[], object], *, limit: float = 120) -> None:
 
 
 class Started:
-    """A command under way; what it writes is collected."""
+    """A command under way; what it writes is collected. Killed when a test fails meanwhile."""
 
     def __init__(self, *command: str, folder: Path) -> None:
         self.process = subprocess.Popen(
@@ -85,6 +87,23 @@ class Started:
         self._reader.join(5)
         return status
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.process.kill()
+        self.end()
+        self._close()
+
+    def _close(self) -> None:
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
 
 class OnTerminal(Started):
     """A command that has a terminal of its own, of 160 columns."""
@@ -106,10 +125,8 @@ class OnTerminal(Started):
     def press_ctrl_c(self) -> None:
         os.write(self._master, b"\x03")
 
-    def end(self, *, limit: float = 120) -> int:
-        status = super().end(limit=limit)
+    def _close(self) -> None:
         os.close(self._master)
-        return status
 
 
 def without_escapes(text: str) -> str:

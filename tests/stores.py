@@ -5,6 +5,7 @@ import sqlite3
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
@@ -26,7 +27,7 @@ class StoredRun:
     models: list[int]
 
 
-def query(database: Path, sql: str) -> list[tuple[str, ...]]:
+def query(database: Path, sql: str) -> list[tuple[Any, ...]]:
     with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection:
         return connection.execute(sql).fetchall()
 
@@ -55,23 +56,27 @@ def epochs(folder: Path, trial: int) -> int:
     if not database.exists():
         return 0
     sql = (
-        "SELECT max(value) FROM latest_metrics JOIN tags USING (run_uuid) "
+        "SELECT max(latest_metrics.value) FROM latest_metrics JOIN tags USING (run_uuid) "
         f"WHERE latest_metrics.key = 'epoch' AND tags.key = 'trial' AND tags.value = '{trial}'"
     )
     return int(query(database, sql)[0][0] or 0)
 
 
-def load_study(folder: Path, name: str) -> optuna.Study:
-    """The study, its connections closed again: a full disk is to be unmounted."""
-    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'mlruns' / 'optuna.db'}")
-    study = optuna.load_study(study_name=name, storage=storage)
-    study.get_trials()  # kept by the study
-    storage.engine.dispose()
-    return study
+def epochs_in_all(folder: Path) -> int:
+    """Epochs recorded so far, of all runs."""
+    database = folder / "mlruns" / "mlflow.db"
+    if not database.exists():
+        return 0
+    return int(query(database, "SELECT count(*) FROM metrics WHERE key = 'val_loss'")[0][0])
 
 
 def trials_of(folder: Path, name: str) -> list[FrozenTrial]:
-    return load_study(folder, name).get_trials()
+    """Every trial of a sweep. Nothing stays open: the disk may have to be unmounted."""
+    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'mlruns' / 'optuna.db'}")
+    trials = storage.get_all_trials(storage.get_study_id_from_name(name))
+    storage.remove_session()
+    storage.engine.dispose()
+    return trials
 
 
 def runs_of(folder: Path, name: str) -> list[StoredRun]:
@@ -140,8 +145,7 @@ def check_invariants(folder: Path, name: str, budget: int) -> None:
         name: Of the sweep.
         budget: Finished trials, complete or pruned, it was to reach.
     """
-    study = load_study(folder, name)
-    trials, parent = study.get_trials(), parent_of(folder, name)
+    trials, parent = trials_of(folder, name), parent_of(folder, name)
     children = [run for run in runs_of(folder, name) if run.run_id != parent.run_id]
 
     assert [trial.number for trial in trials] == list(range(len(trials)))
@@ -151,7 +155,7 @@ def check_invariants(folder: Path, name: str, budget: int) -> None:
     assert len(children) == len(by_trial) == len(trials)
     for trial in trials:
         check_pair(trial, by_trial[trial.number], parent)
-    check_parent(parent, study)
+    check_parent(parent, trials)
     check_whole(folder)
     assert list((folder / "mlruns" / "checkpoints").glob("*")) == []
     assert seconds_until_quiet(folder, limit=5.0) < 5.0
@@ -170,9 +174,8 @@ def check_pair(trial: FrozenTrial, run: StoredRun, parent: StoredRun) -> None:
         assert run.tags["error"]
 
 
-def check_parent(parent: StoredRun, study: optuna.Study) -> None:
+def check_parent(parent: StoredRun, trials: list[FrozenTrial]) -> None:
     """The sweep's own run has ended, with the best value of the study."""
     assert parent.status == "FINISHED"
-    complete = study.get_trials(states=[TrialState.COMPLETE])
-    best = max((trial.values[0] for trial in complete), default=None)
-    assert parent.metrics.get("best_val_accuracy") == best
+    values = [trial.values[0] for trial in trials if trial.state == TrialState.COMPLETE]
+    assert parent.metrics.get("best_val_accuracy") == max(values, default=None)

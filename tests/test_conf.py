@@ -2,25 +2,36 @@
 
 import re
 import shlex
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 import hydra
 import pytest
 
-from pipeline.compose import CONF, to_config
-from pipeline.config import OPTIMIZERS, RunConfig
+from pipeline.compose import CONF, to_config, to_typed
+from pipeline.config import RunConfig
+from sweeps.config import VARIANTS, SweepConfig
+from sweeps.plan import Plan, build_plan
+from sweeps.space import split_command_line
 
-GROUPS = sorted(
-    {field.name for field in fields(RunConfig)} & {path.name for path in CONF.iterdir()}
-)
-OPTIONS = [path for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+
+def options_of(root: type) -> list[Path]:
+    groups = {field.name for field in fields(root)} & {path.name for path in CONF.iterdir()}
+    return [path for group in sorted(groups) for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+OPTIONS = options_of(SweepConfig)  # those of runs among them
+ROOTS = [CONF / "run.yaml", CONF / "sweep.yaml"]
 EXPERIMENTS = sorted((CONF / "experiment").glob("*.yaml"))
-FILES = [CONF / "run.yaml", *OPTIONS, *EXPERIMENTS]
+FILES = [*ROOTS, CONF / "cli.yaml", *OPTIONS, *EXPERIMENTS]
 # Files that build on no other one: they hold the defaults, so they explain the keys.
-BASES = [path for path in FILES if "\ndefaults:" not in path.read_text(encoding="utf-8")]
-COMMAND = re.compile(r"^# Run: python -m pipeline\.run ?(.*)$", re.MULTILINE)
+BASES = [path for path in [*OPTIONS, *EXPERIMENTS] if "\ndefaults:" not in path.read_text("utf-8")]
+COMMAND = re.compile(r"^# Run: python -m (pipeline|sweeps)\.run ?(.*)$", re.MULTILINE)
 COMMANDS = [command for path in FILES for command in COMMAND.findall(path.read_text("utf-8"))]
+# In the help of a sweep: the command, then at some distance what it does.
+HELP = re.findall(
+    r"^ {8}python -m sweeps\.run (.*?) {3,}\S", ROOTS[1].read_text("utf-8"), re.MULTILINE
+)
 
 
 def name_of(path: Path) -> str:
@@ -32,13 +43,29 @@ def compose(*overrides: str) -> RunConfig:
         return to_config(hydra.compose("run", list(overrides)))
 
 
-@pytest.mark.parametrize("path", OPTIONS, ids=name_of)
+def plan(*arguments: str) -> Plan:
+    overrides, searched = split_command_line(arguments)
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = to_typed(hydra.compose("sweep", overrides), SweepConfig, VARIANTS)
+        return build_plan(config, overrides, searched)
+
+
+@pytest.mark.parametrize("path", options_of(RunConfig), ids=name_of)
 def test_every_option_composes(path: Path) -> None:
     group, option = path.parent.name, path.stem
 
     config = compose("data.path=images.npz", f"{group}={option}")
 
     assert isinstance(config, RunConfig)
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=name_of)
+def test_every_option_composes_to_a_sweep(path: Path) -> None:
+    group, option = path.parent.name, path.stem
+
+    planned = plan("data.path=images.npz", "sampler=random", f"{group}={option}")
+
+    assert planned.space.parameters
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=name_of)
@@ -58,11 +85,31 @@ def test_every_experiment_is_headed_by_its_command(path: Path) -> None:
     assert f"# Run: python -m pipeline.run +experiment={path.stem}\n" in header[0]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [rest for package, rest in COMMANDS if package == "pipeline"])
 def test_every_command_in_a_header_composes(command: str) -> None:
     config = compose(*shlex.split(command))
 
     assert isinstance(config, RunConfig)
+
+
+@pytest.mark.parametrize(
+    "command", [*HELP, *(rest for package, rest in COMMANDS if package == "sweeps")]
+)
+def test_every_command_of_a_sweep_in_a_header_or_in_the_help_can_be_planned(command: str) -> None:
+    planned = plan(*shlex.split(command))
+
+    assert planned.known
+
+
+def test_the_help_of_a_sweep_shows_commands() -> None:
+    assert len(HELP) >= 5
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_every_experiment_can_be_swept(path: Path) -> None:
+    planned = plan(f"+experiment={path.stem}")
+
+    assert planned.trial_config({}).training == compose(f"+experiment={path.stem}").training
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -74,18 +121,47 @@ def test_every_file_says_what_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize("path", BASES, ids=name_of)
 def test_every_default_is_explained_on_its_line(path: Path) -> None:
-    lines = re.findall(r"^\w+:.*", path.read_text(encoding="utf-8"), re.MULTILINE)
+    lines = re.findall(r"^\w+:.+", path.read_text(encoding="utf-8"), re.MULTILINE)
 
     unexplained = [line for line in lines if not re.search(r" {2}# \S", line)]
 
     assert unexplained == []
 
 
-@pytest.mark.parametrize("key", ["seed", "evaluate_test"])
-def test_every_default_of_the_root_is_explained_on_its_line(key: str) -> None:
-    text = (CONF / "run.yaml").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("path", "least"), [(ROOTS[0], 2), (ROOTS[1], 12)], ids=str)
+def test_every_default_of_a_root_is_explained_on_its_line(path: Path, least: int) -> None:
+    own = path.read_text(encoding="utf-8").partition("\n\n")[2].partition("\nhydra:")[0]
+    lines = re.findall(r"^ *\w+: .+", own, re.MULTILINE)
 
-    assert re.search(rf"^{key}: \S+ {{2,}}# \S", text, re.MULTILINE)
+    assert len(lines) >= least
+    assert [line for line in lines if not re.search(r" {2}# \S", line)] == []
+
+
+def test_the_keys_of_a_sweep_are_all_in_its_root() -> None:
+    text = (CONF / "sweep.yaml").read_text(encoding="utf-8")
+
+    for section in ("sweep", "study"):
+        written = re.search(rf"^{section}:\n((?: +.*\n)+)", text, re.MULTILINE)
+        names = [field.name for field in fields(SweepConfig.__annotations__[section])]
+        assert written
+        assert re.findall(r"^  (\w+):", written[1], re.MULTILINE) == names
+
+
+def test_a_sweep_begins_with_the_same_options_as_a_run() -> None:
+    run, sweep = (
+        dict(re.findall(r"^  - (\w+): (\w+)$", path.read_text("utf-8"), re.MULTILINE))
+        for path in ROOTS
+    )
+
+    assert len(run) == 5
+    assert run.items() <= sweep.items()
+
+
+def test_a_trial_is_a_run_without_the_test_split_and_figures() -> None:
+    run, trial = compose(), plan().config.run
+
+    tracking = replace(run.tracking, figures=False)
+    assert trial == replace(run, tracking=tracking, evaluate_test=False)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -96,7 +172,12 @@ def test_every_comment_of_a_key_fits_on_its_line(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "section", [RunConfig, *(f.type for f in fields(RunConfig)), *OPTIMIZERS.values()]
+    "section",
+    [
+        SweepConfig,
+        *(field.type for field in fields(SweepConfig)),
+        *(kind for kinds in VARIANTS.values() for kind in kinds.values()),
+    ],
 )
 def test_defaults_stand_in_yaml_alone(section: type) -> None:
     attributes = getattr(section, "__dataclass_fields__", {}).values()

@@ -211,10 +211,10 @@ def test_a_sweep_killed_anywhere_ends_as_if_it_had_not_been(ended: Ended, tmp_pa
         lambda: told(tmp_path) >= TRIALS,
     ]
     for moment in moments:
-        started = Started(*SWEEP, *REFERENCE, BUDGET, folder=tmp_path)
-        wait_until(moment)
-        started.process.kill()
-        assert started.end() == -9
+        with Started(*SWEEP, *REFERENCE, BUDGET, folder=tmp_path) as started:
+            wait_until(moment)
+            started.process.kill()
+            assert started.end() == -9
         assert seconds_until_quiet(tmp_path, limit=5.0) < 5.0
 
     done = run(*REFERENCE, BUDGET, folder=tmp_path)
@@ -239,6 +239,7 @@ def test_several_objectives_end_with_the_pareto_front_and_time_can_be_added(
         "pruner=none",
         "sweep.first=[{model.hidden_units: 4}, {model.hidden_units: 128}]",
         "sweep.trials=3",
+        "executor.workers=1",
         "sweep.name=front",
     ]
 
@@ -271,7 +272,9 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     done = run("data=digits", "sweep.dry_run=true", folder=tmp_path)
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"^model\.hidden_units +tag\(log, int\(interval\(32, 1024\)\)\)", done.stdout, re.M)
+    assert re.search(
+        r"^model\.hidden_units +tag\(log, int\(interval\(32, 1024\)\)\)", done.stdout, re.M
+    )
     assert "\n8 corners of the space compose and pass every check.\n" in done.stdout
     assert re.search(r"^smallest +3,466 .*hidden_units=32", done.stdout, re.M)
     assert re.search(r"^largest +1,126,410 .*hidden_units=1024", done.stdout, re.M)

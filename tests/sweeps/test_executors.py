@@ -337,16 +337,16 @@ def test_the_death_of_a_worker_does_not_disturb_the_others(build: Build, tmp_pat
     assert waiting.result(timeout=SOON) == undisturbed
 
 
-def test_a_worker_killed_while_idle_costs_at_most_the_next_job(build: Build) -> None:
+def test_a_worker_killed_while_idle_is_replaced_before_the_next_job(build: Build) -> None:
     executor = build()
     idle = executor.submit(process).result(timeout=SOON)
 
     os.kill(idle, signal.SIGKILL)
-    error = error_of(executor.submit(double, 1))
+    while psutil.Process(idle).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
 
-    assert isinstance(error, WorkerDiedError)
-    assert str(error) == f"worker process {idle} died (exit code -9)."
     assert executor.submit(double, 21).result(timeout=SOON) == 42
+    assert executor.submit(process).result(timeout=SOON) != idle
 
 
 def test_a_worker_killed_while_it_warms_up_fails_its_job_and_is_replaced(
@@ -487,14 +487,13 @@ def test_no_process_is_left_after_a_stop(
 def test_no_process_is_left_when_a_worker_dies_at_the_moment_of_the_stop(build: Build) -> None:
     multiprocessing.resource_tracker.ensure_running()
     before = set(psutil.Process().children(recursive=True))
-    for _ in range(20):
-        executor = build(2)
-        for _ in range(2):
-            executor.submit(kill_itself)
+    for number in range(16):
+        executor = build()
         worker = psutil.Process(executor.submit(process).result(timeout=SOON))
 
         worker.kill()
         executor.submit(double, 1)
+        time.sleep(number % 8 * 0.0005)  # in which it is found dead and replaced, or not
         executor.stop(grace=0)
 
     assert set(psutil.Process().children(recursive=True)) <= before

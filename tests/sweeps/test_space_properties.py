@@ -136,9 +136,9 @@ def test_a_value_lies_inside_where_optuna_takes_it(
 ) -> None:
     searched = read(declaration)
     points: list[Value] = searched.points(5)
-    value = data.draw(st.sampled_from([value, *points]))  # type: ignore[type-var]
+    drawn = data.draw(st.sampled_from([value, *points]))
 
-    assert searched.contains(value) is is_accepted_by_optuna(value, searched.distribution)
+    assert searched.contains(drawn) is is_accepted_by_optuna(drawn, searched.distribution)
 
 
 @pytest.mark.parametrize("value", [500_000_000_000.5, -1, 10**12 + 1, True, "3", None, [3]])
@@ -160,9 +160,9 @@ def test_a_number_lies_in_a_choice_whole_or_not_but_a_truth_value_does_not(
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.randoms())
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_the_combinations_are_all_those_that_the_conditions_leave_each_once(
-    sizes: list[int], random: object
+    sizes: list[int],
 ) -> None:
     declared = {f"p{i}": f"choice({', '.join(map(str, range(n)))})" for i, n in enumerate(sizes)}
     when = {f"p{i}": f"p{i - 1}=0" for i in range(1, len(sizes))}
@@ -178,7 +178,9 @@ def test_the_combinations_are_all_those_that_the_conditions_leave_each_once(
 
 def test_without_conditions_there_are_as_many_combinations_as_the_product() -> None:
     space = build_space(
-        SearchConfig(space={"a": "choice(1, 2)", "b": "range(3)", "c": "null,true"}, when={}), {}, []
+        SearchConfig(space={"a": "choice(1, 2)", "b": "range(3)", "c": "null,true"}, when={}),
+        {},
+        [],
     )
 
     found = space.combinations(lambda each: each.points(5), {})
@@ -237,7 +239,9 @@ def test_any_declaration_is_read_or_refused_in_one_line_that_names_it(declaratio
 def test_any_command_line_is_split_and_read_or_refused_in_one_line(argument: str) -> None:
     rest, searched = split_command_line(["seed=3", argument, "-m"])
     try:
-        found: object = build_space(SearchConfig(space={"b.y": "range(3)"}, when={}), searched, rest)
+        found: object = build_space(
+            SearchConfig(space={"b.y": "range(3)"}, when={}), searched, rest
+        )
     except ValueError as error:
         found = explain(error)
 
@@ -250,7 +254,9 @@ def test_any_command_line_is_split_and_read_or_refused_in_one_line(argument: str
 @settings(deadline=None)
 @given(
     st.from_regex(r"--?[a-z][a-z-]*(=[a-z0-9(),]*)?", fullmatch=True)
-    | st.from_regex(r"[~+]{0,2}[a-z]+(\.[a-z_]+)*=([a-z]+|\d+|'[a-z ,]*'|\[[a-z,]*\])", fullmatch=True)
+    | st.from_regex(
+        r"[~+]{0,2}[a-z]+(\.[a-z_]+)*=([a-z]+|\d+|'[a-z ,]*'|\[[a-z,]*\])", fullmatch=True
+    )
 )
 def test_flags_and_plain_values_are_left_alone(argument: str) -> None:
     assert split_command_line([argument]) == ([argument], {})

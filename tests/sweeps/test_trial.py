@@ -1,0 +1,392 @@
+"""One trial in process, with real stores: how it ends, and what they have of it."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.trial import TrialState
+
+from pipeline.config import RunConfig
+from pipeline.tracking import create_run, open_store
+from sweeps.config import OBJECTIVES, MedianConfig, NoPrunerConfig
+from sweeps.study import open_storage, open_study
+from sweeps.trial import Job, Outcome, run_trial, warm_up
+
+pytestmark = pytest.mark.usefixtures("tensorflow")
+
+Configure = Callable[..., RunConfig]
+
+COMMAND = "python -m pipeline.run data=digits training=quick"
+LONG = 60  # epochs, of 10 ms at least
+ENDLESS = ["training.epochs=100000", "training.early_stopping_patience=null"]
+MEDIAN = MedianConfig(name="median", n_startup_trials=1, n_warmup_steps=2, interval_steps=1)
+
+
+@dataclass(frozen=True)
+class Trying:
+    """A trial that a launcher has asked for, and the stores that it is recorded in."""
+
+    job: Job
+    study: optuna.Study
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(open_store(self.job.config.tracking).uri)
+
+    @property
+    def run(self) -> Run:
+        return self.client.get_run(self.job.run_id)
+
+    def steps(self, metric: str) -> list[int]:
+        return [each.step for each in self.client.get_metric_history(self.job.run_id, metric)]
+
+    @property
+    def reported(self) -> dict[int, float]:
+        return self.study.get_trials()[-1].intermediate_values
+
+    @property
+    def models(self) -> int:
+        return len(self.client.search_logged_models([self.run.info.experiment_id]))
+
+
+Try = Callable[..., Trying]
+
+
+@pytest.fixture(scope="module")
+def empty(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the databases of both libraries, made once: it takes them seconds."""
+    folder = tmp_path_factory.mktemp("empty")
+    open_store(configure("data=digits", f"tracking.directory={folder}").tracking)
+    open_storage(f"sqlite:///{folder / 'optuna.db'}").engine.dispose()
+    return folder
+
+
+@pytest.fixture
+def ask(configure: Configure, tmp_path: Path, empty: Path) -> Try:
+    """Asks a study for a trial of a short run, and creates the run."""
+    folder = tmp_path / "mlruns"
+
+    def ask(
+        *overrides: str, objectives: tuple[str, ...] = ("val_accuracy",), **changes: Any
+    ) -> Trying:
+        if not (folder / "mlflow.db").exists():
+            shutil.copytree(empty, folder, dirs_exist_ok=True)
+        config = configure(
+            "data=digits",
+            "training=quick",
+            "model.hidden_units=32",
+            "evaluate_test=false",
+            "tracking.figures=false",
+            f"tracking.directory={folder}",
+            *overrides,
+        )
+        uri = f"sqlite:///{folder / 'optuna.db'}"
+        directions = [OBJECTIVES[objective] for objective in objectives]
+        study = open_study("sweep", open_storage(uri), directions)
+        run = create_run(open_store(config.tracking), "trial-000", {"trial": 0})
+        job = Job(
+            config=config,
+            command=COMMAND,
+            run_id=run.run_id,
+            checkpoint=folder / "checkpoints" / f"{run.run_id}.npz",
+            objectives=objectives,
+            storage=uri,
+            study="sweep",
+            trial_id=study.ask()._trial_id,
+            pruner=NoPrunerConfig(name="none"),
+        )
+        return Trying(replace(job, **changes), study)
+
+    return ask
+
+
+@contextmanager
+def interrupted_when(reached: Callable[[], bool]) -> Iterator[None]:
+    """Sends this process a Ctrl-C as soon as something is true."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not reached():
+            if ended.wait(0.005):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def interrupt(trying: Trying, *, after: int) -> Outcome:
+    """Runs the trial, and interrupts it in its training."""
+    with interrupted_when(lambda: len(trying.reported) >= after):
+        return run_trial(trying.job)
+
+
+# --- how a trial ends --------------------------------------------------------------------
+
+
+def test_a_complete_trial_has_the_value_of_its_saved_model(ask: Try) -> None:
+    trying = ask()
+
+    outcome = run_trial(trying.job)
+
+    run = trying.run
+    assert outcome.state == "COMPLETE"
+    assert outcome.values == (run.data.metrics["saved_val_accuracy"],)
+    assert 0 < outcome.seconds <= run.data.metrics["fit_seconds"]
+    assert (run.info.status, run.data.tags["command"]) == ("FINISHED", COMMAND)
+    assert trying.models == 1
+
+
+def test_each_epoch_is_reported_to_the_study_as_it_is_to_the_run(ask: Try) -> None:
+    trying = ask()
+
+    run_trial(trying.job)
+
+    history = trying.client.get_metric_history(trying.job.run_id, "val_accuracy")
+    assert trying.reported == {each.step: each.value for each in history}
+    assert list(trying.reported) == [1, 2, 3]
+
+
+def test_the_loss_may_be_the_objective(ask: Try) -> None:
+    trying = ask(objectives=("val_loss",))
+
+    outcome = run_trial(trying.job)
+
+    assert outcome.values == (trying.run.data.metrics["saved_val_loss"],)
+    assert trying.reported[3] == trying.run.data.metrics["val_loss"]
+
+
+def test_several_objectives_have_a_value_each_and_no_report(ask: Try) -> None:
+    trying = ask(objectives=("val_accuracy", "parameters", "fit_seconds", "val_loss"))
+
+    outcome = run_trial(trying.job)
+
+    metrics = trying.run.data.metrics
+    names = ("saved_val_accuracy", "parameters", "fit_seconds", "saved_val_loss")
+    assert outcome.values == tuple(metrics[name] for name in names)
+    assert trying.reported == {}
+
+
+def test_a_trial_that_is_pruned_ends_early_and_its_run_is_killed(ask: Try) -> None:
+    better = ask()
+    trial = optuna.trial.Trial(better.study, better.job.trial_id)
+    for epoch in (1, 2, 3):
+        trial.report(1.0, epoch)
+    better.study.tell(trial, 1.0)
+    trying = ask(pruner=MEDIAN)
+
+    outcome = run_trial(trying.job)
+
+    assert (outcome.state, outcome.values) == ("PRUNED", ())
+    assert list(trying.reported) == [1, 2]
+    assert trying.steps("val_accuracy") == [1, 2]
+    assert trying.run.info.status == "KILLED"
+    assert trying.models == 0
+
+
+def test_a_trial_that_diverges_fails_and_tells_the_epoch(ask: Try) -> None:
+    trying = ask("optimizer=sgd", "optimizer.learning_rate=1e30")
+
+    outcome = run_trial(trying.job)
+
+    run = trying.run
+    assert outcome.state == "FAIL"
+    assert outcome.reason == "the training diverged in epoch 1: the loss is nan."
+    assert run.info.status == "FAILED"
+    assert (run.data.tags["diverged"], run.data.tags["diverged.epoch"]) == ("true", "1")
+    assert trying.reported == {}
+
+
+def test_a_network_that_is_too_large_fails_its_trial_in_one_line(ask: Try) -> None:
+    trying = ask("model.hidden_units=1000000000")
+
+    outcome = run_trial(trying.job)
+
+    assert outcome.state == "FAIL"
+    assert outcome.reason.startswith("model.hidden_units")
+    assert "\n" not in outcome.reason
+    assert trying.reported == {}
+
+
+def test_the_trials_after_one_that_failed_are_as_those_of_a_new_process(ask: Try) -> None:
+    first = run_trial(ask().job)
+    run_trial(ask("optimizer=sgd", "optimizer.learning_rate=1e30").job)
+    run_trial(ask("model.hidden_units=1000000000").job)
+
+    again = run_trial(ask().job)
+
+    assert (again.state, again.values) == (first.state, first.values)
+
+
+def test_a_trial_that_is_interrupted_is_stopped_and_its_run_killed(ask: Try) -> None:
+    trying = ask(*ENDLESS)
+
+    outcome = interrupt(trying, after=2)
+
+    assert (outcome.state, outcome.values) == ("STOPPED", ())
+    assert trying.run.info.status == "KILLED"
+    assert trying.study.get_trials()[0].state == TrialState.RUNNING
+    assert trying.job.checkpoint.exists()
+
+
+def test_a_trial_of_another_data_set_loads_it_anew(ask: Try) -> None:
+    run_trial(ask().job)
+    larger = ask("data.validation_size=400")
+
+    outcome = run_trial(larger.job)
+
+    (value,) = outcome.values
+    assert value * 400 == pytest.approx(round(value * 400), abs=1e-3)
+
+
+def test_warming_up_a_process_that_is_warm_does_nothing() -> None:
+    began = time.monotonic()
+
+    warm_up()
+
+    assert time.monotonic() - began < 5
+
+
+# --- stores that fail --------------------------------------------------------------------
+
+
+def test_a_server_that_is_not_there_breaks_the_trial(ask: Try) -> None:
+    trying = ask()
+    tracking = replace(trying.job.config.tracking, uri="http://user:secret@127.0.0.1:9")
+    job = replace(trying.job, config=replace(trying.job.config, tracking=tracking))
+
+    outcome = run_trial(job)
+
+    assert outcome.state == "BROKEN"
+    assert "no server answers at" in outcome.reason
+    assert "secret" not in outcome.reason
+
+
+def test_a_study_that_is_gone_breaks_the_trial(ask: Try, tmp_path: Path) -> None:
+    trying = ask()
+    job = replace(trying.job, storage=f"sqlite:///{tmp_path / 'mlruns'}", study="another")
+
+    outcome = run_trial(job)
+
+    assert outcome.state == "BROKEN"
+    assert "unable to open database file" in outcome.reason
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, need: Callable[[object, str], None]) -> Iterator[None]:
+    """The stores have four megabytes."""
+    need(os.geteuid() == 0, "root, to mount a small disk")
+    folder = tmp_path / "mlruns"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=True)
+    yield
+    subprocess.run(["umount", "--lazy", folder], check=True)  # the libraries keep files open
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_full_disk_breaks_the_trial_and_fails_its_run(ask: Try) -> None:
+    trying = ask("model.hidden_units=1000")
+
+    outcome = run_trial(trying.job)
+
+    run = trying.run
+    assert outcome.state == "BROKEN"
+    assert re.search("No space left|disk is full", outcome.reason)
+    assert run.info.status == "FAILED"
+    assert re.search("No space left|disk is full", run.data.tags["error"])
+    assert trying.study.get_trials()[0].state == TrialState.RUNNING
+
+
+# --- a trial that goes on ----------------------------------------------------------------
+
+
+@pytest.fixture
+def long(ask: Try) -> Trying:
+    return ask(f"training.epochs={LONG}", "training.early_stopping_patience=null")
+
+
+def test_a_trial_that_goes_on_ends_as_one_run_with_each_epoch_once(long: Trying) -> None:
+    assert interrupt(long, after=5).state == "STOPPED"
+    before = len(long.reported)
+
+    outcome = run_trial(long.job)
+
+    every = list(range(1, LONG + 1))
+    assert before < LONG
+    assert outcome.state == "COMPLETE"
+    assert list(long.reported) == every
+    assert [long.steps(name) for name in ("epoch", "loss", "val_accuracy")] == [every] * 3
+    assert long.run.info.status == "FINISHED"
+    assert long.models == 1
+
+
+def test_a_trial_that_goes_on_has_the_value_of_one_that_was_not_interrupted(
+    long: Trying, ask: Try
+) -> None:
+    for after in (5, 10, 20):
+        interrupt(long, after=after)
+
+    outcome = run_trial(long.job)
+
+    whole = ask(f"training.epochs={LONG}", "training.early_stopping_patience=null")
+    assert outcome.values == run_trial(whole.job).values
+    assert long.reported == whole.reported
+
+
+def test_an_epoch_of_which_a_killed_process_had_not_told_is_told(long: Trying) -> None:
+    interrupt(long, after=5)
+    last = max(long.reported)
+    untold = replace(long.job, trial_id=long.study.ask()._trial_id)
+
+    run_trial(untold)
+
+    assert list(long.reported) == list(range(last, LONG + 1))
+    assert long.steps("loss") == list(range(1, LONG + 1))
+
+
+def test_a_trial_whose_worker_died_after_its_last_epoch_trains_no_more(ask: Try) -> None:
+    trying = ask()
+    first = run_trial(trying.job)
+
+    again = run_trial(trying.job)
+
+    assert again.values == first.values
+    assert trying.steps("loss") == [1, 2, 3]
+    assert trying.models == 1
+    assert trying.run.info.status == "FINISHED"
+
+
+def test_a_trial_that_was_to_be_pruned_when_its_worker_died_is_pruned_when_it_goes_on(
+    ask: Try,
+) -> None:
+    better = ask()
+    trial = optuna.trial.Trial(better.study, better.job.trial_id)
+    for epoch in range(1, LONG + 1):
+        trial.report(1.0, epoch)
+    better.study.tell(trial, 1.0)
+    trying = ask(f"training.epochs={LONG}", "training.early_stopping_patience=null")
+    interrupt(trying, after=5)
+    before = list(trying.reported)
+
+    outcome = run_trial(replace(trying.job, pruner=MEDIAN))
+
+    assert outcome.state == "PRUNED"
+    assert list(trying.reported) == before
