@@ -1,5 +1,6 @@
 """One run: compose a configuration, train and evaluate a Keras MLP, record it in MLflow."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +30,23 @@ def _stderr_closed() -> Iterator[None]:
         os.close(saved)
 
 
+@contextmanager
+def fast_imports() -> Iterator[None]:
+    """Imports without garbage collection, which walks all there is again and again: a fifth less.
+
+    What was imported is left out of later collections too.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def start_libraries() -> None:
     """Imports what takes seconds: TensorFlow, Keras, MLflow; its messages are not shown."""
-    with _stderr_closed():
+    with _stderr_closed(), fast_imports():
         import tensorflow as tf
 
         import pipeline.tracking  # noqa: F401

@@ -2,6 +2,7 @@
 
 import atexit
 import difflib
+import gc
 import logging
 import os
 import re
@@ -218,6 +219,7 @@ def run_cli(
         except Reported as error:
             failed.append(error)  # raised, Hydra would add lines of its own
 
+    atexit.register(gc.freeze)  # or the interpreter collects all it has at its end: 0.8 s
     with _errors_in_one_line(config_name, tracebacks):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     if failed:

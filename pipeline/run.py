@@ -36,7 +36,8 @@ class RunResult:
         run_id: In MLflow.
         name: In MLflow.
         metrics: Of the whole run, as recorded.
-        training_seconds: Of `fit_seconds`, without recording each epoch and the caller's hook.
+        training_seconds: Spent by this call on building and fitting the model, without what it
+            records and the caller's hook.
         ui: What to do to see the run in the MLflow UI.
     """
 
@@ -88,6 +89,7 @@ def execute_run(
         inputs = data.train.images[0].size
         check_memory(config.model, num_inputs=inputs, num_classes=len(data.class_names))
     with start_run(config, data, command, run_id=run_id) as run:
+        start = time.perf_counter()
         model = build_mlp(config.model, data)
         optimizer = build_optimizer(
             config.optimizer,
@@ -99,13 +101,13 @@ def execute_run(
         hook_seconds: list[float] = []
 
         def report(epoch: int, metrics: Metrics) -> None:
-            start = time.perf_counter()
+            begin = time.perf_counter()
             if epoch > recorded.get("epoch", 0):
                 if metrics.get("val_accuracy", -1.0) > best.get("best_val_accuracy", -1.0):
                     best.update(best_val_accuracy=metrics["val_accuracy"], best_epoch=epoch)
                 run.log_metrics({"epoch": epoch, **metrics, **best}, step=epoch)
             on_epoch_end(epoch, metrics)
-            hook_seconds.append(time.perf_counter() - start)
+            hook_seconds.append(time.perf_counter() - begin)
 
         history = train(
             model,
@@ -116,6 +118,7 @@ def execute_run(
             on_epoch_end=report,
             checkpoint=checkpoint,
         )
+        training_seconds = time.perf_counter() - start - sum(hook_seconds)
         metrics = {**history.summary, "parameters": model.count_params()}
         judged = None
         if config.evaluate_test:
@@ -129,7 +132,6 @@ def execute_run(
             run.delete_models()
         run.log_model(model, data, {name: metrics[name] for name in metrics.keys() - best.keys()})
         run.describe(_description(metrics, command))
-    training_seconds = history.fit_seconds - sum(hook_seconds)
     return RunResult(
         run_id=run.run_id,
         name=run.name,

@@ -413,9 +413,10 @@ def log_inputs(
 def _log_datasets(run: Run, datasets: list[DatasetInput], tries: int = 3) -> None:
     try:
         mlflow.MlflowClient().log_inputs(run.run_id, datasets)
-    except MlflowException:  # it looks for a dataset, then inserts it: another run was faster
-        if tries == 1:
+    except MlflowException as error:
+        if tries == 1 or error.error_code != "BAD_REQUEST":
             raise
+        # MLflow looks for a dataset, then inserts it: another run was faster.
         _log_datasets(run, datasets, tries - 1)
 
 

@@ -32,7 +32,7 @@ class Running:
         epoch: Last whole epoch, 0 before the first.
         epochs: At most.
         value: Objective of that epoch.
-        seconds: Since its start.
+        pace: Seconds an epoch, from the first one on; None before the second.
     """
 
     number: int
@@ -40,7 +40,7 @@ class Running:
     epoch: int
     epochs: int
     value: float | None
-    seconds: float
+    pace: float | None
 
 
 @dataclass(kw_only=True)
@@ -181,7 +181,7 @@ class Display(AbstractContextManager["Display"]):
                 f"{trial.epoch}/{trial.epochs}",
                 ProgressBar(total=trial.epochs, completed=trial.epoch, width=12),
                 "starting" if trial.value is None else number(trial.value),
-                f"{trial.seconds / trial.epoch:.2f}" if trial.epoch else "",
+                "" if trial.pace is None else f"{trial.pace:.2f}",
                 settings(trial.values),
             )
         if self._total > len(self._running):

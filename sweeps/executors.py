@@ -96,7 +96,7 @@ class LocalExecutor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        self.stop(grace=0)  # all jobs are done, or not worth the wait
 
 
 class _Worker:

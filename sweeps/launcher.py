@@ -80,6 +80,8 @@ class Launcher:
     overheads: list[float] = field(default_factory=list)
     broken: str = ""
     next_look: float = 0.0
+    recorded: int = 0
+    first_looks: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = self.plan.config
@@ -106,9 +108,8 @@ class Launcher:
             self.land()
         for trial, values in waiting:  # no time or budget was left for them
             self.run_of(trial, values).end("KILLED")
+        self.record()
         self.study.set_user_attr("seconds", self.seconds())
-        if self.progress.finished:  # an earlier launcher may have died before it could
-            self.parent.log_metrics(self.progress.metrics, step=self.progress.finished)
 
     def fly(self, waiting: list[tuple[Trial, Values]]) -> None:
         """The loop.
@@ -125,6 +126,7 @@ class Launcher:
                     free.pop()
             if not self.flights:
                 break
+            self.record()
             done, _ = wait(self.flights, timeout=TICK, return_when=FIRST_COMPLETED)
             for future in done:
                 free.append((time.monotonic(), False))
@@ -133,6 +135,14 @@ class Launcher:
                     waiting.append((flight.trial, flight.values))
             if self.display.is_live and time.monotonic() >= self.next_look:
                 self.look()
+
+    def record(self) -> None:
+        """Records how far the sweep is, where that changed: while the workers are busy."""
+        step = self.progress.finished + self.progress.failed
+        if step != self.recorded:
+            self.recorded = step
+            self.study.set_user_attr("seconds", self.seconds())
+            self.parent.log_metrics(self.progress.metrics, step=step)
 
     def must_stop(self) -> bool:
         return bool(self.received or self.broken or self.is_over or self.has_failed)
@@ -290,9 +300,7 @@ class Launcher:
         values = outcome.values or None
         frozen = self.study.tell(trial, values, state=TrialState[outcome.state])
         shutil.rmtree(self.checkpoints / run.run_id, ignore_errors=True)
-        self.study.set_user_attr("seconds", self.seconds())
         self.progress.add(frozen)
-        self.parent.log_metrics(self.progress.metrics, step=self.progress.finished)
         self.display.print_trial(frozen, outcome.reason, seconds)
 
     def look(self) -> None:
@@ -305,11 +313,20 @@ class Launcher:
 
     def running(self, flight: Flight) -> Running:
         metrics = flight.run.metrics
+        epoch = int(metrics.get("epoch", 0))
         return Running(
             number=flight.trial.number,
             values=flight.values,
-            epoch=int(metrics.get("epoch", 0)),
+            epoch=epoch,
             epochs=flight.job.config.training.epochs,
             value=metrics.get(self.plan.config.sweep.objectives[0]),
-            seconds=time.monotonic() - flight.since,
+            pace=self.pace(flight.run.run_id, epoch),
         )
+
+    def pace(self, run_id: str, epoch: int) -> float | None:
+        """Seconds an epoch since one was first seen: before, a worker may have had to start."""
+        if not epoch:
+            return None
+        now = time.monotonic()
+        first_look, first_epoch = self.first_looks.setdefault(run_id, (now, epoch))
+        return (now - first_look) / (epoch - first_epoch) if epoch > first_epoch else None

@@ -19,6 +19,7 @@ from coolname import generate_slug
 from optuna.trial import TrialState
 from rich.console import Console
 
+from pipeline import fast_imports
 from pipeline.compose import Terminated, run_cli
 from pipeline.config import without_password
 from sweeps import dry_run
@@ -41,7 +42,7 @@ from sweeps.trial import METRICS, warm_up
 
 if TYPE_CHECKING:  # or TensorFlow is imported
     from pipeline.data import Data
-    from pipeline.tracking import Run
+    from pipeline.tracking import Run, Store
 
 TOP = 5  # trials shown at the end
 
@@ -97,11 +98,14 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         stack.enter_context(hold(name, storage))
         workers = _count_workers(plan, name, storage)
         executor = stack.enter_context(LocalExecutor(workers, warm_up))
-        data = _load(plan)  # while the workers start
+        with fast_imports():  # while the workers start
+            from pipeline.data import load
+            from pipeline.tracking import open_store
+        data = load(plan.config.data)
         received = stack.enter_context(_held_signals(command))
         study = open_study(name, open_storage(storage), plan.config.sweep.directions)
         check_identity(study, {**plan.identity, "data": _digest(data)})
-        parent = _parent_run(plan, study, data, command)
+        parent = _parent_run(plan, study, open_store(plan.config.tracking), data, command)
         progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
         progress.add(*study.get_trials(deepcopy=False))
         if not workers and parent.status == "FINISHED":
@@ -130,12 +134,6 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         _conclude(launcher, command)
 
 
-def _load(plan: Plan) -> Data:
-    from pipeline.data import load
-
-    return load(plan.config.data)
-
-
 def _digest(data: Data) -> str:
     """What tells one split of one data set from another."""
     digests = (split.digest[:12] for split in (data.train, data.validation) if split)
@@ -157,11 +155,10 @@ def _count_workers(plan: Plan, name: str, storage: str) -> int:
     return min(plan.workers, plan.trials - progress.finished)
 
 
-def _parent_run(plan: Plan, study: optuna.Study, data: Data, command: str) -> Run:
+def _parent_run(plan: Plan, study: optuna.Study, store: Store, data: Data, command: str) -> Run:
     """The sweep's own run in MLflow, with its settings; that of before, or a new one."""
-    from pipeline.tracking import create_run, find_run, log_inputs, open_store
+    from pipeline.tracking import create_run, find_run, log_inputs
 
-    store = open_store(plan.config.tracking)
     name = study.study_name
     tags = {"sweep": name, "kind": "sweep", "study": study.user_attrs["key"]}
     run = find_run(store, tags) or create_run(store, name, tags)

@@ -62,7 +62,7 @@ class Outcome:
         values: One an objective, when complete.
         reason: In one line, when it failed or is broken.
         epochs: Whole ones.
-        seconds: Spent in training alone, when complete.
+        seconds: Spent on building and fitting the model alone, when complete.
     """
 
     state: str

@@ -330,7 +330,8 @@ def output() -> Iterator[io.StringIO]:
 
 def running(index: int, epoch: int = 2) -> Running:
     values = {"model.hidden_units": 64}
-    return Running(number=index, values=values, epoch=epoch, epochs=5, value=0.8, seconds=3.0)
+    pace = 1.5 if epoch else None
+    return Running(number=index, values=values, epoch=epoch, epochs=5, value=0.8, pace=pace)
 
 
 def test_what_is_no_terminal_gets_plain_lines(output: io.StringIO) -> None:

@@ -150,7 +150,7 @@ def test_a_complete_trial_has_the_value_of_its_saved_model(ask: Try) -> None:
     run = trying.run
     assert outcome.state == "COMPLETE"
     assert outcome.values == (run.data.metrics["saved_val_accuracy"],)
-    assert 0 < outcome.seconds <= run.data.metrics["fit_seconds"]
+    assert outcome.seconds > 0
     assert (run.info.status, run.data.tags["command"]) == ("FINISHED", COMMAND)
     assert trying.models == 1
 
