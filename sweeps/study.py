@@ -379,7 +379,7 @@ class Asker:
 
 
 def best_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The best complete trial; of several objectives, the Pareto front."""
+    """The best complete trial, the first of equals; of several objectives, the Pareto front."""
     with suppress(ValueError):  # no trial is complete
-        return list(study.best_trials)
+        return [study.best_trial] if len(study.directions) == 1 else list(study.best_trials)
     return []
