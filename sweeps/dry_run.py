@@ -50,7 +50,7 @@ def show(plan: Plan, console: Console) -> None:
     parameters = [_parameters(config, data) for config in configs]
     largest, smallest = int(np.argmax(parameters)), int(np.argmin(parameters))
     table = Table(box=None, pad_edge=False)
-    for heading in ("", "parameters", "memory", "time at most", "disk", "settings"):
+    for heading in ("", "parameters", "memory", "time, about", "disk", "settings"):
         table.add_column(heading, justify="left" if heading in ("", "settings") else "right")
     pace = _pace()
     for name, index in (("smallest", smallest), ("largest", largest)):
@@ -63,7 +63,8 @@ def show(plan: Plan, console: Console) -> None:
             _size(count * 4),
             settings(corners[index]),
         )
-    console.print(f"\n{len(corners):,} corners of the space compose and pass every check.\n")
+    which = "" if len(corners) < MOST_CORNERS else ", drawn at random,"
+    console.print(f"\n{len(corners):,} corners of the space{which} compose and pass every check.\n")
     console.print(table)
     console.print(_estimate(plan, data, pace, largest=parameters[largest]))
 
@@ -102,13 +103,13 @@ def _pace() -> float:
 def _seconds(config: RunConfig, data: Data, pace: float) -> float:
     """All epochs: 6 operations a parameter and trained image, 2 a validated one.
 
-    A step costs half a millisecond besides, and the products run at four fifths of the pace of
-    NumPy's (`tests.benchmarks.step`).
+    A step costs half a millisecond besides, an epoch 20 to record, a trial 1.5 s to trace, and the
+    products run at four fifths of the pace of NumPy's (`tests.benchmarks.step`).
     """
     validated = len(data.validation) if data.validation else 0
     operations = _parameters(config, data) * (6 * len(data.train) + 2 * validated)
     steps = len(data.train) / config.training.batch_size
-    return config.training.epochs * (operations / (0.8 * pace) + 0.5e-3 * steps)
+    return 1.5 + config.training.epochs * (operations / (0.8 * pace) + 0.5e-3 * steps + 0.02)
 
 
 def _estimate(plan: Plan, data: Data, pace: float, *, largest: int) -> str:
@@ -118,7 +119,7 @@ def _estimate(plan: Plan, data: Data, pace: float, *, largest: int) -> str:
     memory = plan.workers * (WORKER_MEMORY + largest * 20)
     return (
         f"\n{plan.trials} trials, {plan.workers} at once: "
-        f"{duration(seconds / plan.workers)} at most, without pruning and early stopping; "
+        f"about {duration(seconds / plan.workers)} without pruning and early stopping; about "
         f"{_size(plan.trials * disk)} of disk, {_size(memory)} of memory."
     )
 

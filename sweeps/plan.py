@@ -193,7 +193,8 @@ def _check(space: Space, values: Values, composer: Composer[SweepConfig]) -> Non
         composer({**space.fixed, **values})
     except ValueError as error:
         name = _culprit(str(error), space, values)
-        raise ValueError(f"{name}: {error}") from error
+        hint = " Write int(interval(...))." if "to Integer" in str(error) else ""
+        raise ValueError(f"{name}: {error}{hint}") from error
 
 
 def _culprit(message: str, space: Space, values: Values) -> str:
@@ -232,7 +233,11 @@ def _first(
             text = f"{where}: {to_override(parameter.name, values[parameter.name])}"
             if parameter.name in given:
                 raise ValueError(f"{text} lies outside {parameter.declaration}.")
-            log.warning("%s, as configured, lies outside %s: left out", text, parameter.declaration)
+            log.warning(
+                "%s, as configured, lies outside %s: left out, so there is no such baseline",
+                text,
+                parameter.declaration,
+            )
         if not outside and values not in known:
             _check(space, values, composer)
             known.append(values)

@@ -216,9 +216,9 @@ def _conclude(launcher: Launcher, command: str) -> None:
     parent.end("FINISHED")
     if progress.finished < progress.budget:
         console.print(f"The time is up after {progress.counts}; a larger sweep.timeout goes on.")
-    _print_result(launcher.plan, launcher.study, parent)
     if launcher.overheads:
         console.print(f"Beyond training: {median(launcher.overheads):.2f} s a trial.")
+    _print_result(launcher.plan, launcher.study, parent)
 
 
 def _description(launcher: Launcher, command: str) -> str:

@@ -122,7 +122,8 @@ def test_a_configured_value_outside_the_space_leaves_the_configuration_out_with_
 
     assert plan.known == []
     assert caplog.messages == [
-        "sweep.first[0]: model.hidden_units=512, as configured, lies outside range(4, 20): left out"
+        "sweep.first[0]: model.hidden_units=512, as configured, lies outside range(4, 20): "
+        "left out, so there is no such baseline"
     ]
 
 
