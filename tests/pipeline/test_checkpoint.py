@@ -178,7 +178,11 @@ CASES = {
         for restore in (True, False)
     },
 }
-ENDS = [(name, epoch) for name, case in CASES.items() for epoch in range(1, case.trained + 1)]
+ENDS = [
+    (name, epoch)
+    for name, case in CASES.items()
+    for epoch in sorted({1, case.trained // 2 + 1, case.trained})
+]
 
 
 @dataclass(frozen=True, kw_only=True)
