@@ -214,7 +214,7 @@ def _conclude(launcher: Launcher, command: str) -> None:
         raise SweepFailedError(f"{reason}; the last one: {last} {more}")
     parent.describe(_description(launcher, command))
     parent.end("FINISHED")
-    if progress.finished < progress.budget:
+    if launcher.is_over and progress.finished < progress.budget:
         console.print(f"The time is up after {progress.counts}; a larger sweep.timeout goes on.")
     if launcher.overheads:
         console.print(f"Beyond training: {median(launcher.overheads):.2f} s a trial.")
