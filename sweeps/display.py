@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 from optuna.trial import FrozenTrial, TrialState
@@ -145,12 +144,7 @@ class Display(AbstractContextManager["Display"]):
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._live.stop()
 
     def show(self, running: Sequence[Running], total: int) -> None:

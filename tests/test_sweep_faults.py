@@ -36,7 +36,7 @@ Need = Callable[[object, str], None]
 SMALL = ["data=digits", "model.hidden_units=16", "sampler=random", "sweep.first=[]"]
 # Trials that last some seconds, so that there is time to disturb them.
 LONG = [*SMALL, "training.epochs=100", "training.early_stopping_patience=null", "pruner=none"]
-KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
+KILLS = int(os.environ.get("CHAOS_KILLS", "3"))
 
 
 def wait_for_progress(folder: Path, trial: int) -> None:
