@@ -335,3 +335,20 @@ class RunConfig:
                 f"optimizer.warmup_epochs must be below training.epochs={self.training.epochs}, "
                 f"got {self.optimizer.warmup_epochs}."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UIConfig:
+    """What the UI shows. Defaults: `conf/ui.yaml`.
+
+    Attributes:
+        run: Id of the run to show first; null: every experiment.
+        port: To listen on; where it is taken, the next free one.
+    """
+
+    tracking: TrackingConfig
+    run: str | None
+    port: int
+
+    def __post_init__(self) -> None:
+        check(1024 <= self.port <= 65_000, "port", "in [1024, 65000]", self.port)

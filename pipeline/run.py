@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pipeline import start_libraries
 from pipeline.compose import run_cli
 from pipeline.config import RunConfig, without_password
+from pipeline.ui import ui_command
 
 if TYPE_CHECKING:  # or TensorFlow is imported
     import keras
@@ -38,14 +39,14 @@ class RunResult:
         metrics: Of the whole run, as recorded.
         training_seconds: Spent by this call on building and fitting the model, without what it
             records and the caller's hook.
-        ui: What to do to see the run in the MLflow UI.
+        address: Of its page on an MLflow server, else empty.
     """
 
     run_id: str
     name: str
     metrics: Metrics
     training_seconds: float
-    ui: str
+    address: str
 
 
 def execute_run(
@@ -80,7 +81,7 @@ def execute_run(
     from pipeline.data import load
     from pipeline.evaluate import evaluate
     from pipeline.model import build_mlp, build_optimizer, check_memory
-    from pipeline.tracking import start_run
+    from pipeline.tracking import describe, start_run
     from pipeline.train import initialize, steps_per_epoch, train
 
     initialize(threads=config.training.threads, seed=config.seed)
@@ -124,20 +125,21 @@ def execute_run(
         if config.evaluate_test:
             looked, judged = _look(run, model, data)
             metrics |= looked
+        if data.validation:
+            judged = evaluate(model, data.validation)
+            run.log_predictions(judged)
         if config.tracking.figures:
-            if data.validation:
-                judged = evaluate(model, data.validation)
             _draw(run, data, history, judged)
         if run_id:
             run.delete_models()
         run.log_model(model, data, {name: metrics[name] for name in metrics.keys() - best.keys()})
-        run.describe(_description(metrics, command))
+        run.describe(describe(config, data, command, *_outcome(metrics)))
     return RunResult(
         run_id=run.run_id,
         name=run.name,
         metrics=metrics,
         training_seconds=training_seconds,
-        ui=run.ui,
+        address=run.address,
     )
 
 
@@ -166,16 +168,14 @@ def _best(metrics: Metrics) -> str:
     return f"{metrics['best_val_accuracy']:.4f} (epoch {best}{note})"
 
 
-def _description(metrics: Metrics, command: str) -> str:
-    """What the UI shows on top of the run: the result, and how to repeat it."""
+def _outcome(metrics: Metrics) -> list[str]:
     lines = []
     if "best_val_accuracy" in metrics:
-        lines.append(f"- best validation accuracy: {_best(metrics)}")
+        lines.append(f"best validation accuracy: {_best(metrics)}")
     if "test_look" in metrics:
         accuracy, look = metrics["test_accuracy"], metrics["test_look"]
-        lines.append(f"- test accuracy: **{accuracy:.4f}** (look {look:.0f})")
-    lines.append(f"- {metrics['parameters']:,.0f} parameters, {metrics['fit_seconds']:.1f} s")
-    return "\n".join([*lines, "", f"Repeat: `{command}`"])
+        lines.append(f"test accuracy: **{accuracy:.4f}** (look {look:.0f})")
+    return [*lines, f"{metrics['parameters']:,.0f} parameters, {metrics['fit_seconds']:.1f} s"]
 
 
 @contextmanager
@@ -199,7 +199,7 @@ def _progress(config: RunConfig) -> Iterator[EpochHook]:
         yield show
 
 
-def _print_result(result: RunResult, command: str) -> None:
+def _print_result(result: RunResult, command: str, overrides: list[str]) -> None:
     metrics = result.metrics
     console.print()
     if "best_val_accuracy" in metrics:
@@ -215,7 +215,7 @@ def _print_result(result: RunResult, command: str) -> None:
         f"({metrics['samples_per_second']:,.0f} images/s)"
     )
     console.print(f"Repeat: {command}")
-    console.print(f"See it: {result.ui}")
+    console.print(f"See it: {result.address or ui_command(result.run_id, overrides)}")
 
 
 def main(config: RunConfig, overrides: list[str]) -> None:
@@ -224,7 +224,7 @@ def main(config: RunConfig, overrides: list[str]) -> None:
         start_libraries()
     with _progress(config) as show:
         result = execute_run(config, command, on_epoch_end=show)
-    _print_result(result, without_password(command))
+    _print_result(result, without_password(command), overrides)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs in MLflow: where they are kept, what is recorded, how they end.
+"""Runs in MLflow: what is recorded of them, how they end.
 
 Imports no TensorFlow: the launcher of a sweep records runs too, and trains none.
 """
@@ -10,18 +10,17 @@ import getpass
 import json
 import logging
 import platform
-import shlex
 import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode
 
 import mlflow
 import numpy as np
@@ -41,29 +40,26 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
-from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.config import RunConfig, TrackingConfig, flatten, without_password
-from pipeline.database import alone, create_sqlite, sqlite_path
+from pipeline.config import RunConfig, flatten, without_password
 from pipeline.endings import DivergedError, StopRun
+from pipeline.pages import run_page
+from pipeline.store import PREDICTIONS, Store, open_store
 
 if TYPE_CHECKING:  # or TensorFlow is imported, or what takes a second
     import keras
     from matplotlib.figure import Figure
 
     from pipeline.data import Array, Data, Split
+    from pipeline.evaluate import Evaluation
 
 log = logging.getLogger(__name__)
 
+NOTE = "mlflow.note.content"
 LIBRARIES = ("tensorflow", "keras", "numpy", "mlflow")
 ROOT = Path(__file__).resolve().parents[1]
-RESERVE_BYTES = 256 * 1024  # many times what the end of a run writes to the database
-
-# What goes wrong with a store, not with a run: a full disk, a locked database, no server.
-STORE_ERRORS = (OSError, MlflowException, SQLAlchemyError)
 
 # What a model takes over of its run.
 SOURCE_TAGS = {
@@ -72,104 +68,6 @@ SOURCE_TAGS = {
     "mlflow.source.type",
     "mlflow.source.git.commit",
 }
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-
-logging.getLogger("mlflow").setLevel(logging.WARNING)
-logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Store:
-    """An open tracking store.
-
-    Attributes:
-        uri: Of MLflow's tracking store; a local file as an absolute path.
-        experiment_id: Of the configured experiment.
-        database: File of a SQLite store, else None.
-    """
-
-    uri: str
-    experiment_id: str
-    database: Path | None
-
-    @property
-    def reserve(self) -> Path | None:
-        """A file of a SQLite store that gives its room to a run that ends on a full disk."""
-        return self.database.with_name(".reserve") if self.database else None
-
-    def ui(self, page: str) -> str:
-        """The line that opens the UI on a page of the experiment; on a server, its address."""
-        # Without the last part, the UI opens on its pages for language models.
-        page = f"#/experiments/{self.experiment_id}/{page}workflowType=machine_learning"
-        uri = without_password(self.uri)
-        if uri.startswith(("http://", "https://")):
-            return f"{uri.rstrip('/')}/{page}"
-        if self.database:
-            inside = self.database.is_relative_to(Path.cwd())
-            uri = f"sqlite:///{self.database.relative_to(Path.cwd()) if inside else self.database}"
-        line = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
-        return f"{line}  # then http://127.0.0.1:5000/{page}"
-
-    def ui_of_runs(self, condition: str, *, order_by: str, ascending: bool = False) -> str:
-        """Likewise on the list of the runs that meet a condition, ordered by a metric."""
-        query = {
-            "searchFilter": condition,
-            "orderByKey": f"metrics.`{order_by}`",
-            "orderByAsc": str(ascending).lower(),
-        }
-        return self.ui(f"runs?{urlencode(query, quote_via=quote)}&")
-
-
-def open_store(config: TrackingConfig) -> Store:
-    """Opens the tracking store and its experiment, creating what is missing.
-
-    Any number of processes may do so at once.
-
-    Raises:
-        ValueError: The experiment was deleted.
-        ConnectionError: No server answers.
-    """
-    directory = Path(config.directory).absolute()
-    uri = config.uri or f"sqlite:///{directory / 'mlflow.db'}"
-    database = sqlite_path(uri)
-    artifacts = (directory / "artifacts").as_uri()
-    if database:
-        uri = f"sqlite:///{database}"
-        create_sqlite(database, lambda new: SqlAlchemyStore(new, artifacts).engine.dispose())  # type: ignore[no-untyped-call]
-    mlflow.set_tracking_uri(uri)
-    on_server = uri.startswith(("http://", "https://"))
-    try:
-        with alone(uri):
-            experiment_id = _experiment(config.experiment, None if on_server else artifacts)
-    except MlflowException as error:
-        if "Max retries exceeded" not in str(error):
-            raise
-        shown = without_password(uri)
-        raise ConnectionError(f"tracking.uri: no server answers at {shown}.") from error
-    store = Store(uri=uri, experiment_id=experiment_id, database=database)
-    if store.reserve:
-        with suppress(OSError):  # the disk is full already
-            _fill(store.reserve)
-    return store
-
-
-def _fill(reserve: Path) -> None:
-    if not reserve.exists() or reserve.stat().st_size < RESERVE_BYTES:
-        reserve.write_bytes(bytes(RESERVE_BYTES))
-
-
-def _experiment(name: str, artifact_location: str | None) -> str:
-    found = mlflow.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return mlflow.create_experiment(name, artifact_location, EXPERIMENT_TAGS)
-        except MlflowException:  # another process was faster
-            found = mlflow.get_experiment_by_name(name)
-    if found is None or found.lifecycle_stage != "active":
-        raise ValueError(
-            f"tracking.experiment={name} was deleted: restore it in MLflow or choose another name."
-        )
-    return found.experiment_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +79,13 @@ class Run:
     store: Store
 
     @property
-    def ui(self) -> str:
-        """The line that opens the UI on this run; on a server, its address."""
-        return self.store.ui(f"runs/{self.run_id}?")
+    def address(self) -> str:
+        """Of its page on a server; empty where `pipeline.ui` has to start one."""
+        return self.store.address(run_page(self.store.experiment_id, self.run_id))
 
     def describe(self, text: str) -> None:
         """Sets the Markdown text that the UI shows on top of the run."""
-        self.set_tags({"mlflow.note.content": text})
+        self.set_tags({NOTE: text})
 
     def end(self, status: str, *, error: str = "") -> None:
         """Ends the run as FINISHED, KILLED or FAILED; one that ended before ends anew."""
@@ -233,6 +131,30 @@ class Run:
         fast = {"dpi": 110, "pil_kwargs": {"compress_level": 1}}
         client = mlflow.MlflowClient()
         client.log_figure(self.run_id, figure, f"figures/{name}.png", save_kwargs=fast)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Saves a file; the UI shows text, Markdown and HTML."""
+        mlflow.MlflowClient().log_text(self.run_id, text, name)
+
+    def log_predictions(self, judged: Evaluation) -> None:
+        """Saves what the model says of each validation image, for paired comparisons of runs.
+
+        Args:
+            judged: On the validation split.
+        """
+        labels = judged.split.labels
+        of_label = judged.probabilities[np.arange(len(labels)), labels]
+        whole = np.min_scalar_type(judged.probabilities.shape[1] - 1)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(PREDICTIONS).name
+            np.savez_compressed(
+                path,
+                label=labels.astype(whole),
+                prediction=judged.probabilities.argmax(axis=1).astype(whole),
+                loss=-np.log(np.maximum(of_label, np.finfo(np.float32).tiny)).astype(np.float16),
+            )
+            client = mlflow.MlflowClient()
+            client.log_artifact(self.run_id, str(path), str(Path(PREDICTIONS).parent))
 
     def log_model(self, model: keras.Model, data: Data, metrics: Mapping[str, float]) -> None:
         """Saves the model in MLflow's own flavour, with signature, example and requirements.
@@ -358,7 +280,7 @@ def start_run(
         mlflow.start_run(
             run_id=run.run_id, nested=True, log_system_metrics=config.tracking.system_metrics
         )
-        log_inputs(run, config, data, command)
+        log_inputs(run, config, data, command, note=describe(config, data, command))
         yield run
         status = RunStatus.FINISHED
     except (KeyboardInterrupt, StopRun):
@@ -368,7 +290,7 @@ def start_run(
         failure = error
         raise
     finally:
-        _end(run, status, failure)
+        _end(run, status, failure, partial(describe, config, data, command))
 
 
 def log_inputs(
@@ -377,6 +299,7 @@ def log_inputs(
     data: Data,
     command: str,
     *,
+    note: str,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Records all that a run is given, so that it can be repeated.
@@ -386,11 +309,12 @@ def log_inputs(
         config: Of the run.
         data: As it was split.
         command: Command line that repeats the run.
+        note: What the UI shows on top of the run, in Markdown.
         settings: Logged as parameters by their dotted names, and whole as `config.yaml`; those
             of `config` unless given.
     """
     settings = settings or asdict(config)
-    run.set_tags({"command": command, **_environment(config, data)})
+    run.set_tags({"command": command, NOTE: note, **_environment(config, data)})
     parameters = [
         Param(name, without_password(value))
         for name, value in flatten(settings)
@@ -487,19 +411,41 @@ def run_name(config: RunConfig) -> str:
     )
 
 
-def _end(run: Run, status: int, failure: Exception | None) -> None:
+def describe(config: RunConfig, data: Data, command: str, *outcome: str) -> str:
+    """What a run is, what came out, how to repeat it: in Markdown, for the UI.
+
+    Args:
+        config: Of the run.
+        data: Of the run.
+        command: Command line that repeats it.
+        outcome: A line each.
+    """
+    model, training = config.model, config.training
+    inputs, classes = data.train.images[0].size, len(data.class_names)
+    widths = "-".join(map(str, [inputs, *[model.hidden_units] * model.hidden_layers, classes]))
+    what = (
+        f"{widths}, {model.activation}, dropout {model.dropout_rate:.3g}; "
+        f"{config.optimizer.name} at {config.optimizer.learning_rate:.3g}, batches of "
+        f"{training.batch_size}, at most {training.epochs} epochs; "
+        f"{len(data.train):,} images of {config.data.name}."
+    )
+    lines = "\n".join(f"- {line}" for line in outcome)
+    return "\n\n".join(filter(None, [what, lines, f"Repeat: `{command}`"]))
+
+
+def _end(run: Run, status: int, failure: Exception | None, note: Callable[..., str]) -> None:
     """Ends the run with its reason, on a full disk in the room of the reserve.
 
     Raises:
         Exception: A run that succeeded cannot be recorded as such.
     """
     try:
-        _record_end(run, status, failure)
+        _record_end(run, status, failure, note)
     except Exception:
         if run.store.reserve:
             run.store.reserve.unlink(missing_ok=True)
         try:
-            _record_end(run, status, failure)
+            _record_end(run, status, failure, note)
         except Exception as error:
             log.error("run %s is left without an end: %s", run.run_id, without_password(str(error)))
             if status == RunStatus.FINISHED:
@@ -509,9 +455,12 @@ def _end(run: Run, status: int, failure: Exception | None) -> None:
             mlflow.end_run(RunStatus.to_string(status))
 
 
-def _record_end(run: Run, status: int, failure: Exception | None) -> None:
+def _record_end(run: Run, status: int, failure: Exception | None, note: Callable[..., str]) -> None:
+    if status == RunStatus.KILLED:
+        run.describe(note(_progress(run.metrics)))
     if failure is not None:
-        tags: dict[str, object] = {"error": f"{type(failure).__name__}: {failure}"[:500]}
+        error = f"{type(failure).__name__}: {failure}"[:500]
+        tags: dict[str, object] = {"error": error, NOTE: note(f"failed: {error}")}
         if isinstance(failure, DivergedError):
             tags |= {"diverged": "true", "diverged.epoch": failure.epoch}
         run.set_tags(tags)
@@ -521,3 +470,12 @@ def _record_end(run: Run, status: int, failure: Exception | None) -> None:
         lines = "".join(traceback.format_exception(failure))
         with suppress(Exception):  # the reason is recorded; the disk may be full
             client.log_text(run.run_id, without_password(lines), "traceback.txt")
+
+
+def _progress(metrics: Mapping[str, float]) -> str:
+    if "epoch" not in metrics:
+        return "stopped before the end of its first epoch"
+    stopped = f"stopped after epoch {metrics['epoch']:.0f}"
+    if "best_val_accuracy" not in metrics:
+        return stopped
+    return f"{stopped}; best validation accuracy {metrics['best_val_accuracy']:.4f}"

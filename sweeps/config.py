@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pipeline.config import (
     OPTIMIZERS,
     RunConfig,
+    TrackingConfig,
     check,
     check_at_least,
     check_choice,
@@ -23,6 +24,7 @@ OBJECTIVES: dict[str, Direction] = {
     "fit_seconds": "minimize",
 }
 QMC_TYPES = ("sobol", "halton")
+FORMATS = ("table", "csv", "json")  # of a leaderboard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,3 +364,51 @@ VARIANTS: dict[str, dict[str, type]] = {
     "pruner": {**PRUNERS},
     "executor": {**EXECUTORS},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenConfig:
+    """Which sweeps: the section `sweep`.
+
+    Attributes:
+        name: Of one, or a list of several to compare; null: the latest.
+    """
+
+    name: Any
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            check_name("sweep.name", name)
+        check(len(set(self.names)) == len(self.names), "sweep.name", "without repeats", self.name)
+
+    @property
+    def names(self) -> list[str]:
+        given = self.name if isinstance(self.name, list) else [self.name]
+        return [str(name) for name in given if name is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaderboardConfig:
+    """What is ranked and how it is shown. Defaults: `conf/leaderboard.yaml`.
+
+    Attributes:
+        all: Whether to list all sweeps instead.
+        rows: At most; null: all.
+        format: One of `FORMATS`.
+        out: File to write to; null: standard output.
+        confidence: Of the interval around a difference that has to leave out 0, in (0, 1).
+    """
+
+    tracking: TrackingConfig
+    sweep: ChosenConfig
+    all: bool
+    rows: int | None
+    format: str
+    out: str | None
+    confidence: float
+
+    def __post_init__(self) -> None:
+        if self.rows is not None:
+            check_at_least("rows", self.rows, 1)
+        check_choice("format", self.format, FORMATS)
+        check(0 < self.confidence < 1, "confidence", "in (0, 1)", self.confidence)

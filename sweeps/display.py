@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Self
@@ -18,6 +18,17 @@ from pipeline.compose import Value
 from sweeps.config import OBJECTIVES
 
 SHOWN = 16  # running trials shown at once
+# In the names of runs alone: the UI cuts long ones.
+SHORT = {
+    "hidden_units": "width",
+    "hidden_layers": "layers",
+    "dropout_rate": "dropout",
+    "learning_rate": "lr",
+    "batch_size": "batch",
+    "batch_normalization": "batchnorm",
+    "weight_decay": "decay",
+    "warmup_epochs": "warmup",
+}
 Z = 1.645  # of the normal distribution: 90 % lie within so many standard deviations
 
 
@@ -200,6 +211,25 @@ def settings(values: Mapping[str, Value]) -> str:
     return " ".join(f"{last_part(name)}={short(value)}" for name, value in values.items())
 
 
+def run_name(number: int, values: Mapping[str, Value]) -> str:
+    """Name of a trial's run, short enough for the UI's list."""
+    parts = (
+        f"{SHORT.get(last_part(name), last_part(name))}={_brief(value)}"
+        for name, value in values.items()
+    )
+    return " ".join([f"trial-{number:03d}", *parts])
+
+
+def _brief(value: Value) -> str:
+    """Two digits of a fraction: `8.1e-4`."""
+    if not isinstance(value, float):
+        return str(value)
+    if not value or abs(value) >= 0.001:
+        return f"{value:.2g}"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
 def last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
@@ -211,25 +241,6 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def top_table(trials: Iterable[FrozenTrial], objectives: Sequence[str], title: str) -> Table:
-    """Trials by row, with their values, epochs, wall time and settings."""
-    trials = list(trials)
-    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    headings = ("trial", *objectives, "epochs", "seconds", *(map(last_part, names)))
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for trial in trials:
-        table.add_row(
-            str(trial.number),
-            *map(number, trial.values or ()),
-            str(trial.user_attrs.get("epochs", "")),
-            f"{trial.user_attrs.get('seconds', math.nan):.1f}",
-            *(short(trial.params[name]) if name in trial.params else "" for name in names),
-        )
-    return table
 
 
 def importance_table(importances: Mapping[str, float], objective: str) -> Table:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import Trial, TrialState
 
 from sweeps.config import NoPrunerConfig
-from sweeps.display import SHOWN, Display, Running, settings
+from sweeps.display import SHOWN, Display, Running, run_name
 from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
+from sweeps.parent import logarithms
 from sweeps.plan import Plan
 from sweeps.space import Values
 from sweeps.study import Asker
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MAX_DEATHS = 2  # a trial that killed so many workers is not tried again
 TOLD = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+PUBLISH_AFTER = 300  # seconds until a sweep that still runs has its first report
 TICK = 0.5  # seconds between two looks at the running trials
 
 
@@ -66,6 +69,7 @@ class Launcher:
         workers: Of the executor.
         display: Shows them.
         received: Signals that tell to stop; grows meanwhile.
+        publish: Records on the sweep's run what came out so far.
     """
 
     plan: Plan
@@ -76,10 +80,12 @@ class Launcher:
     workers: int
     display: Display
     received: list[int]
+    publish: Callable[[], Any]
     flights: dict[Future[Outcome], Flight] = field(default_factory=dict)
     overheads: list[float] = field(default_factory=list)
     broken: str = ""
     next_look: float = 0.0
+    next_publication: float = field(default_factory=lambda: time.monotonic() + PUBLISH_AFTER)
     recorded: int = 0
     first_looks: dict[str, tuple[float, int]] = field(default_factory=dict)
 
@@ -133,6 +139,8 @@ class Launcher:
                 flight = self.flights.pop(future)
                 if self.settle(flight, future):
                     waiting.append((flight.trial, flight.values))
+            if time.monotonic() >= self.next_publication:
+                self.publish_early()
             if self.display.is_live and time.monotonic() >= self.next_look:
                 self.look()
 
@@ -143,6 +151,12 @@ class Launcher:
             self.recorded = step
             self.study.set_user_attr("seconds", self.seconds())
             self.parent.log_metrics(self.progress.metrics, step=step)
+
+    def publish_early(self) -> None:
+        """Spends a hundredth of the time on it, at most."""
+        start = time.monotonic()
+        self.publish()
+        self.next_publication = time.monotonic() + 99 * (time.monotonic() - start)
 
     def must_stop(self) -> bool:
         return bool(self.received or self.broken or self.is_over or self.has_failed)
@@ -240,15 +254,16 @@ class Launcher:
         """The trial's one run: that of an earlier try, or a new one."""
         from pipeline.tracking import Run, create_run, find_run
 
-        name = f"trial-{trial.number:03d} {settings(values)}"
+        name = run_name(trial.number, values)
         if run_id := trial.user_attrs.get("run_id"):
             run = Run(run_id=run_id, name=name, store=self.parent.store)
             if run.status != "DELETED":
                 return run
         tags = {"sweep": self.study.study_name, "trial": trial.number}
-        run = find_run(self.parent.store, tags, parent=self.parent) or create_run(
-            self.parent.store, name, tags, parent=self.parent
-        )
+        found = find_run(self.parent.store, tags, parent=self.parent)
+        run = found or create_run(self.parent.store, name, tags, parent=self.parent)
+        if not found and (metrics := logarithms(self.plan, values)):
+            run.log_metrics(metrics)
         trial.set_user_attr("run_id", run.run_id)
         return run
 

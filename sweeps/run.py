@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from types import FrameType
@@ -22,11 +21,14 @@ from rich.console import Console
 from pipeline import fast_imports
 from pipeline.compose import Terminated, run_cli
 from pipeline.config import without_password
+from pipeline.ui import ui_command
 from sweeps import dry_run
-from sweeps.config import OBJECTIVES, VARIANTS, SweepConfig
-from sweeps.display import Display, Progress, importance_table, number, top_table
+from sweeps.config import VARIANTS, SweepConfig
+from sweeps.display import Display, Progress, importance_table, number
 from sweeps.executors import LocalExecutor
 from sweeps.launcher import Launcher
+from sweeps.leaderboard import board_table
+from sweeps.parent import open_parent, publish, read_board
 from sweeps.plan import Plan, build_plan
 from sweeps.space import split_command_line
 from sweeps.study import (
@@ -34,15 +36,17 @@ from sweeps.study import (
     check_identity,
     find_study,
     hold,
+    importances,
     open_storage,
     open_study,
     storage_uri,
 )
-from sweeps.trial import METRICS, warm_up
+from sweeps.trial import warm_up
 
 if TYPE_CHECKING:  # or TensorFlow is imported
     from pipeline.data import Data
-    from pipeline.tracking import Run, Store
+    from pipeline.tracking import Run
+    from sweeps.board import Board
 
 TOP = 5  # trials shown at the end
 
@@ -100,16 +104,17 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         executor = stack.enter_context(LocalExecutor(workers, warm_up))
         with fast_imports():  # while the workers start
             from pipeline.data import load
-            from pipeline.tracking import open_store
+            from pipeline.store import open_store
         data = load(plan.config.data)
         received = stack.enter_context(_held_signals(command))
         study = open_study(name, open_storage(storage), plan.config.sweep.directions)
         check_identity(study, {**plan.identity, "data": _digest(data)})
-        parent = _parent_run(plan, study, open_store(plan.config.tracking), data, command)
+        parent = open_parent(plan, study, open_store(plan.config.tracking), data, command)
         progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
         progress.add(*study.get_trials(deepcopy=False))
         if not workers and parent.status == "FINISHED":
-            _print_result(plan, study, parent)
+            board = read_board(parent)
+            _print_result(plan, study, parent, board, importances(study))
             return
         console.print(f"Sweep {name}: {progress.counts}; {workers} at once.")
         launcher = Launcher(
@@ -121,6 +126,7 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
             workers=workers,
             display=Display(console, progress, workers),
             received=received,
+            publish=partial(publish, plan, study, parent, progress, command),
         )
         try:
             launcher.run()
@@ -153,21 +159,6 @@ def _count_workers(plan: Plan, name: str, storage: str) -> int:
     if is_over or not plan.needs_more(progress.finished, progress.failed):
         return 0
     return min(plan.workers, plan.trials - progress.finished)
-
-
-def _parent_run(plan: Plan, study: optuna.Study, store: Store, data: Data, command: str) -> Run:
-    """The sweep's own run in MLflow, with its settings; that of before, or a new one."""
-    from pipeline.tracking import create_run, find_run, log_inputs
-
-    name = study.study_name
-    tags = {"sweep": name, "kind": "sweep", "study": study.user_attrs["key"]}
-    run = find_run(store, tags) or create_run(store, name, tags)
-    if "recorded" not in run.tags:  # an earlier launcher may have died before it was
-        settings = asdict(plan.config)
-        settings["search"] = {"space": plan.declarations}
-        log_inputs(run, plan.config, data, command, settings=settings)
-        run.set_tags({"mlflow.source.name": "sweeps.run", "recorded": "true"})
-    return run
 
 
 @contextmanager
@@ -205,6 +196,7 @@ def _conclude(launcher: Launcher, command: str) -> None:
     if launcher.broken:
         parent.end("FAILED", error=launcher.broken)
         raise SweepFailedError(f"{launcher.broken} Stopped after {progress.counts}. {go_on}")
+    board, shares = launcher.publish()
     if launcher.has_failed and progress.finished < progress.budget:
         failed = launcher.study.get_trials(deepcopy=False, states=[TrialState.FAIL])
         reason = f"{len(failed)} failed trials reach sweep.max_failures"
@@ -212,75 +204,54 @@ def _conclude(launcher: Launcher, command: str) -> None:
         last = failed[-1].user_attrs.get("reason", "for no recorded reason")
         more = f"Go on, with a larger sweep.max_failures: {command}"
         raise SweepFailedError(f"{reason}; the last one: {last} {more}")
-    parent.describe(_description(launcher, command))
     parent.end("FINISHED")
+    parent.store.analyze()
     if launcher.is_over and progress.finished < progress.budget:
         console.print(f"The time is up after {progress.counts}; a larger sweep.timeout goes on.")
     if launcher.overheads:
         console.print(f"Beyond training: {median(launcher.overheads):.2f} s a trial.")
-    _print_result(launcher.plan, launcher.study, parent)
+    _print_result(launcher.plan, launcher.study, parent, board, shares)
 
 
-def _description(launcher: Launcher, command: str) -> str:
-    """What the UI shows on top of the sweep's run."""
-    lines = [f"- {launcher.progress.counts}", f"- {launcher.progress.best_text}"]
-    for trial in best_trials(launcher.study)[:TOP]:
-        lines.append(f"- repeat trial {trial.number}: `{launcher.plan.command(trial.params)}`")
-    return "\n".join([*lines, "", f"Go on, with a larger `sweep.trials`: `{command}`"])
-
-
-def _print_result(plan: Plan, study: optuna.Study, parent: Run) -> None:
+def _print_result(
+    plan: Plan,
+    study: optuna.Study,
+    parent: Run,
+    board: Board | None,
+    shares: Mapping[str, float],
+) -> None:
     """The best trials, what they depend on, how to repeat the best, where to see them."""
     objectives = plan.config.sweep.objectives
-    best = best_trials(study)
     console.print()
-    if not best:
+    if board is None:
         console.print("No trial is complete.")
-    elif len(objectives) > 1:
-        console.print(top_table(best, objectives, "Pareto front"))
     else:
-        complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-        sign = -1 if plan.config.sweep.directions[0] == "maximize" else 1
-        ranked = sorted(complete, key=lambda trial: (sign * trial.values[0], trial.number))
-        title = f"Best of {len(complete)} complete trials"
-        console.print(top_table(ranked[:TOP], objectives, title))
-        baseline = [trial for trial in complete if trial.number == plan.baseline]
-        if baseline:
-            value = number(baseline[0].values[0])
-            console.print(f"\nBaseline, as configured (trial {plan.baseline}): {value}")
-    if importances := _importances(plan, study):
+        several = len(objectives) > 1
+        title = "Pareto front" if several else f"Best of {board.total} complete trials"
+        rows = [row for row in board.rows if row.rank == 1] if several else board.rows[:TOP]
+        console.print(board_table(replace(board, rows=rows), title))
+        if not several:
+            console.print(f"\n{board.noise}")
+    if baseline := _baseline(plan, study):
+        console.print(f"\n{baseline}")
+    if shares:
         console.print()
-        console.print(importance_table(importances, objectives[0]))
+        console.print(importance_table(shares, objectives[0]))
     console.print()
-    for trial in best[:TOP]:
+    for trial in best_trials(study)[:TOP]:
         console.print(
             f"Repeat trial {trial.number}, and look at the test split: {plan.command(trial.params)}"
         )
-    console.print(f"See it: {_ui(study, objectives[0], parent)}")
+    see = parent.address or ui_command(parent.run_id, plan.overrides)
+    console.print(f"See the report, the trials and charts of them: {see}")
 
 
-def _ui(study: optuna.Study, objective: str, parent: Run) -> str:
-    """The line that opens the UI on the trials, the best first."""
-    return parent.store.ui_of_runs(
-        f"tags.sweep = '{study.study_name}'",
-        order_by=METRICS.get(objective, objective),
-        ascending=OBJECTIVES[objective] == "minimize",
-    )
-
-
-def _importances(plan: Plan, study: optuna.Study) -> dict[str, float]:
-    """Share of each parameter in the variance of the first objective; empty where unknown."""
+def _baseline(plan: Plan, study: optuna.Study) -> str:
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if len({trial.values[0] for trial in complete}) < 3:
-        return {}
-    # Of one objective, Optuna knows the direction; of a target, that less is better.
-    sign = -1 if plan.config.sweep.directions[0] == "maximize" else 1
-    several = len(plan.config.sweep.objectives) > 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return optuna.importance.get_param_importances(
-            study, target=(lambda trial: sign * trial.values[0]) if several else None
-        )
+    for trial in complete:
+        if trial.number == plan.baseline and len(trial.values) == 1:
+            return f"Baseline, as configured (trial {trial.number}): {number(trial.values[0])}"
+    return ""
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from optuna.pruners import (
 )
 from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.config import TrackingConfig
@@ -383,3 +384,18 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
     with suppress(ValueError):  # no trial is complete
         return [study.best_trial] if len(study.directions) == 1 else list(study.best_trials)
     return []
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    """Share of each parameter in the variance of the first objective; empty where unknown."""
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if len({trial.values[0] for trial in complete}) < 3:
+        return {}
+    # Of one objective, Optuna knows the direction; of a target, that less is better.
+    sign = -1 if study.directions[0] == StudyDirection.MAXIMIZE else 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return optuna.importance.get_param_importances(
+            study,
+            target=(lambda trial: sign * trial.values[0]) if len(study.directions) > 1 else None,
+        )

@@ -80,7 +80,7 @@ def warm_up() -> None:
 def run_trial(job: Job) -> Outcome:
     """Trains one configuration, reports each epoch to the study, and stops when it is pruned."""
     from pipeline.run import execute_run
-    from pipeline.tracking import STORE_ERRORS
+    from pipeline.store import STORE_ERRORS
 
     epochs = 0
     try:

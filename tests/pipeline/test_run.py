@@ -20,7 +20,8 @@ from pipeline.config import RunConfig
 from pipeline.data import Data, Split, load
 from pipeline.endings import DivergedError, StopRun
 from pipeline.run import RunResult, execute_run
-from pipeline.tracking import create_run, find_run, open_store
+from pipeline.store import open_store
+from pipeline.tracking import create_run, find_run
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
 

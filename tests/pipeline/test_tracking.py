@@ -21,7 +21,7 @@ POSTGRESQL_ROUNDS = 5
 
 def open_stores(configs: list[TrackingConfig], start: Barrier) -> None:
     """In a process of its own: opens each store at the same time as the others do."""
-    from pipeline.tracking import open_store
+    from pipeline.store import open_store
 
     for config in configs:
         start.wait(timeout=120)

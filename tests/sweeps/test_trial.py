@@ -20,7 +20,8 @@ from mlflow.entities import Run
 from optuna.trial import TrialState
 
 from pipeline.config import RunConfig
-from pipeline.tracking import create_run, open_store
+from pipeline.store import open_store
+from pipeline.tracking import create_run
 from sweeps.config import OBJECTIVES, MedianConfig, NoPrunerConfig
 from sweeps.study import open_storage, open_study
 from sweeps.trial import Job, Outcome, run_trial, warm_up

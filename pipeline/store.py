@@ -1,0 +1,298 @@
+"""Where runs are kept: MLflow's tracking store, opened, searched and read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import numpy.typing as npt
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
+from sqlalchemy.exc import SQLAlchemyError
+
+from pipeline.config import TrackingConfig, without_password
+from pipeline.database import alone, analyze, create_sqlite, sqlite_path
+from pipeline.pages import RUNS, RUNS_KEY, View
+
+RESERVE_BYTES = 256 * 1024  # many times what the end of a run writes to the database
+PAGE = 500  # runs read at once
+PREDICTIONS = "predictions/validation.npz"
+
+# What goes wrong with a store, not with a run: a full disk, a locked database, no server.
+STORE_ERRORS = (OSError, MlflowException, SQLAlchemyError)
+
+_VIEW = "mlflow.sharedViewState."  # what the UI calls the tags that hold views
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    f"{_VIEW}{RUNS_KEY}": RUNS.text,
+}
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it raises what it logs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """An open tracking store.
+
+    Attributes:
+        uri: Of MLflow's tracking store; a local file as an absolute path.
+        experiment_id: Of the configured experiment.
+        database: File of a SQLite store, else None.
+    """
+
+    uri: str
+    experiment_id: str
+    database: Path | None
+
+    @property
+    def reserve(self) -> Path | None:
+        """A file of a SQLite store that gives its room to a run that ends on a full disk."""
+        return self.database.with_name(".reserve") if self.database else None
+
+    def address(self, page: str) -> str:
+        """Address of a page of the UI on a server; empty where `pipeline.ui` has to start one."""
+        return f"{without_password(self.uri).rstrip('/')}/{page}" if is_server(self.uri) else ""
+
+    def save_view(self, key: str, view: View) -> None:
+        """Keeps a view of the experiment's runs, for `pipeline.pages.runs_page`."""
+        save_view(self.experiment_id, key, view)
+
+    def analyze(self) -> None:
+        """Tells the database how large its tables are: it then finds runs several times faster."""
+        if self.database:
+            analyze(self.database)
+
+
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def open_store(config: TrackingConfig) -> Store:
+    """Opens the tracking store and its experiment, creating what is missing.
+
+    Any number of processes may do so at once.
+
+    Raises:
+        ValueError: The experiment was deleted.
+        ConnectionError: No server answers.
+    """
+    directory = Path(config.directory).absolute()
+    uri = config.uri or f"sqlite:///{directory / 'mlflow.db'}"
+    database = sqlite_path(uri)
+    artifacts = (directory / "artifacts").as_uri()
+    if database:
+        uri = f"sqlite:///{database}"
+        create_sqlite(database, lambda new: SqlAlchemyStore(new, artifacts).engine.dispose())  # type: ignore[no-untyped-call]
+    mlflow.set_tracking_uri(uri)
+    with _connecting(uri), alone(uri):
+        experiment_id = _experiment(config.experiment, None if is_server(uri) else artifacts)
+    store = Store(uri=uri, experiment_id=experiment_id, database=database)
+    if store.reserve:
+        with suppress(OSError):  # the disk is full already
+            _fill(store.reserve)
+    return store
+
+
+@contextmanager
+def _connecting(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        if "Max retries exceeded" not in str(error):
+            raise
+        shown = without_password(uri)
+        raise ConnectionError(f"tracking.uri: no server answers at {shown}.") from error
+
+
+def _fill(reserve: Path) -> None:
+    if not reserve.exists() or reserve.stat().st_size < RESERVE_BYTES:
+        reserve.write_bytes(bytes(RESERVE_BYTES))
+
+
+def _experiment(name: str, artifact_location: str | None) -> str:
+    found = mlflow.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return mlflow.create_experiment(name, artifact_location, EXPERIMENT_TAGS)
+        except MlflowException:  # another process was faster
+            found = mlflow.get_experiment_by_name(name)
+    if found is None or found.lifecycle_stage != "active":
+        raise ValueError(
+            f"tracking.experiment={name} was deleted: restore it in MLflow or choose another name."
+        )
+    return found.experiment_id
+
+
+# --- reading -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A run as it is recorded.
+
+    Attributes:
+        run_id: In MLflow.
+        name: In MLflow.
+        experiment_id: In MLflow.
+        parent: Run it is nested under, if any.
+        status: RUNNING, FINISHED, KILLED or FAILED.
+        started: When, in UTC.
+        seconds: From its start to its end; None while it runs.
+        params: Settings by dotted name, spelt as in YAML.
+        metrics: The last value of each.
+        tags: All of them.
+        validation: Digest and number of the images it was judged on, if any.
+    """
+
+    run_id: str
+    name: str
+    experiment_id: str
+    parent: str | None
+    status: str
+    started: datetime
+    seconds: float | None
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    validation: tuple[str, int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What the saved model of a run says of each validation image; `[n]` each.
+
+    Attributes:
+        labels: True classes.
+        classes: Predicted ones.
+        losses: Cross-entropy in nats, rounded to three digits.
+    """
+
+    labels: npt.NDArray[np.integer[Any]]
+    classes: npt.NDArray[np.integer[Any]]
+    losses: npt.NDArray[np.floating[Any]]
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """`[n]`"""
+        return np.asarray(self.labels == self.classes)
+
+
+def connect(config: TrackingConfig) -> str:
+    """Opens a store to read all its experiments; creates nothing.
+
+    Returns:
+        Its address.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ConnectionError: No server answers.
+    """
+    database = Path(config.directory).absolute() / "mlflow.db"
+    uri = config.uri or f"sqlite:///{database}"
+    if (path := sqlite_path(uri)) and not path.exists():
+        raise FileNotFoundError(
+            f"no runs are recorded in {path}: run python -m sweeps.run data=digits, "
+            "or set tracking.directory to where there are some."
+        )
+    mlflow.set_tracking_uri(uri)
+    with _connecting(uri):
+        mlflow.MlflowClient().search_experiments(max_results=1)
+    return uri
+
+
+def experiments() -> dict[str, str]:
+    """Name by id of each experiment that is not deleted."""
+    return {found.experiment_id: found.name for found in mlflow.search_experiments()}
+
+
+def search(
+    condition: str, *, order_by: Sequence[str] = (), limit: int | None = None
+) -> Iterator[Recorded]:
+    """Runs of all experiments, deleted ones left out; the newest first unless ordered.
+
+    Args:
+        condition: In MLflow's grammar, on attributes, metrics, parameters and tags.
+        order_by: Likewise, as `metrics.val_loss ASC`.
+        limit: Runs at most.
+    """
+    client, ids, token = mlflow.MlflowClient(), list(experiments()), None
+    while limit is None or limit > 0:
+        page = client.search_runs(
+            ids,
+            condition,
+            max_results=min(PAGE, limit or PAGE),
+            order_by=list(order_by),
+            page_token=token,
+        )
+        yield from map(_recorded, page)
+        limit = None if limit is None else limit - len(page)
+        token = page.token
+        if not token:
+            break
+
+
+def read_run(run_id: str) -> Recorded:
+    """One run.
+
+    Raises:
+        ValueError: There is none of this id.
+    """
+    try:
+        return _recorded(mlflow.MlflowClient().get_run(run_id))
+    except MlflowException as error:
+        raise ValueError(f"no run has the id {run_id}.") from error
+
+
+def _recorded(run: mlflow.entities.Run) -> Recorded:
+    info, data = run.info, run.data
+    tags = dict(data.tags)
+    return Recorded(
+        run_id=info.run_id,
+        name=info.run_name,
+        experiment_id=info.experiment_id,
+        parent=tags.get(MLFLOW_PARENT_RUN_ID),
+        status=info.status,
+        started=datetime.fromtimestamp(info.start_time / 1000, UTC),
+        seconds=(info.end_time - info.start_time) / 1000 if info.end_time else None,
+        params=dict(data.params),
+        metrics=dict(data.metrics),
+        tags=tags,
+        validation=_validation(run),
+    )
+
+
+def _validation(run: mlflow.entities.Run) -> tuple[str, int] | None:
+    for given in run.inputs.dataset_inputs if run.inputs else ():
+        contexts = [tag.value for tag in given.tags if tag.key == MLFLOW_DATASET_CONTEXT]
+        if contexts == ["validation"] and given.dataset.profile:
+            return given.dataset.digest, json.loads(given.dataset.profile)["num_rows"]
+    return None
+
+
+def read_predictions(run_id: str) -> Predictions | None:
+    """What `Run.log_predictions` recorded; None where nothing was, or it was deleted."""
+    with suppress(*STORE_ERRORS), tempfile.TemporaryDirectory() as folder:
+        path = mlflow.artifacts.download_artifacts(
+            run_id=run_id, artifact_path=PREDICTIONS, dst_path=folder
+        )
+        with np.load(path) as arrays:
+            return Predictions(
+                labels=arrays["label"], classes=arrays["prediction"], losses=arrays["loss"]
+            )
+    return None
+
+
+def save_view(experiment_id: str, key: str, view: View) -> None:
+    """Keeps a view of an experiment's runs, for `pipeline.pages.runs_page`."""
+    mlflow.MlflowClient().set_experiment_tag(experiment_id, f"{_VIEW}{key}", view.text)

@@ -1,0 +1,215 @@
+"""Ranked runs of one sweep or several, in the terminal or as a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import fast_imports
+from pipeline.compose import run_cli
+from pipeline.ui import ui_command
+from sweeps.board import (
+    Board,
+    Comparison,
+    Row,
+    compare,
+    find_sweeps,
+    load_board,
+    objectives_of,
+    setting,
+)
+from sweeps.config import LeaderboardConfig
+from sweeps.display import duration, last_part, number, short
+
+if TYPE_CHECKING:  # or MLflow is imported
+    from pipeline.store import Recorded
+
+Record = dict[str, Any]
+
+
+# --- one sweep, or several ---------------------------------------------------------------
+
+
+def board_table(board: Board, title: str) -> Table:
+    """A row a run."""
+    several = len(board.sweeps) > 1
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    headings = ["rank", *(["sweep"] if several else []), "trial", *board.objectives]
+    if len(board.objectives) == 1:
+        headings.append("behind")
+    headings += ["epochs", "parameters", "seconds", *map(last_part, board.settings)]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "sweep" else "right")
+    for row in board.rows:
+        cells = ["" if row.rank is None else str(row.rank), *([row.sweep] if several else [])]
+        cells += [str(row.trial), *map(number, row.values)]
+        if row.difference is not None:
+            cells.append(_behind(row))
+        cells += [_whole(row, "epoch"), _whole(row, "parameters"), _seconds(row)]
+        cells += [_shown(row.run, name) for name in board.settings]
+        table.add_row(*cells, style="bold" if row.rank == 1 else None)
+    return table
+
+
+def _behind(row: Row) -> str:
+    if not row.difference and not row.margin:
+        return ""
+    margin = "" if row.margin is None else f" ±{row.margin:.4f}"
+    return f"{abs(row.difference or 0.0):.4f}{margin}"
+
+
+def _whole(row: Row, metric: str) -> str:
+    return f"{row.run.metrics[metric]:,.0f}" if metric in row.run.metrics else ""
+
+
+def _seconds(row: Row) -> str:
+    return f"{row.run.metrics['fit_seconds']:.1f}" if "fit_seconds" in row.run.metrics else ""
+
+
+def _shown(run: Recorded, name: str) -> str:
+    return short(setting(run, name)) if name in run.params else ""
+
+
+def board_records(board: Board) -> list[Record]:
+    """A dictionary a row."""
+    return [
+        {
+            "rank": row.rank,
+            "sweep": row.sweep,
+            "trial": row.trial,
+            **dict(zip(board.objectives, row.values, strict=True)),
+            "behind": None if row.difference is None else abs(row.difference),
+            "margin": row.margin,
+            "epochs": int(row.run.metrics["epoch"]),
+            "parameters": int(row.run.metrics["parameters"]),
+            "seconds": row.run.metrics["fit_seconds"],
+            **{name: setting(row.run, name) for name in board.settings},
+            "run_id": row.run.run_id,
+            "command": row.run.tags["command"],
+        }
+        for row in board.rows
+    ]
+
+
+def verdict(found: Comparison, board: Board) -> str:
+    """Whether one sweep found something better than another, in a sentence."""
+    better = "better" if found.gain >= 0 else "worse"
+    text = f"The best of {found.other} is {abs(found.gain):.4f} {better} than that of {found.one}"
+    if found.margin is None:
+        return f"{text}; how much of it is noise is unknown: predictions are not kept."
+    is_noise = abs(found.gain) <= found.margin
+    what = "within" if is_noise else "beyond"
+    text += f" (±{found.margin:.4f}): {what} the noise of the {board.images:,} validation images."
+    fewer, more = sorted(found.trials)
+    if fewer == more:
+        return text
+    first, second = found.trials
+    return (
+        f"{text} It is of {second} trials against {first}: the best of more is higher by luck too."
+    )
+
+
+# --- all sweeps --------------------------------------------------------------------------
+
+
+def sweeps_records(sweeps: Sequence[Recorded]) -> list[Record]:
+    return [
+        {
+            "sweep": sweep.tags["sweep"],
+            "status": sweep.status,
+            "started": sweep.started.isoformat(timespec="seconds"),
+            "seconds": sweep.seconds,
+            "data": sweep.params["data.name"],
+            "objective": sweep.tags["objective"],
+            **{name: int(sweep.metrics.get(name, 0)) for name in ("finished", "pruned", "failed")},
+            "best": [sweep.metrics.get(f"best_{name}") for name in objectives_of(sweep)],
+            "run_id": sweep.run_id,
+            "command": sweep.tags["command"],
+        }
+        for sweep in sweeps
+    ]
+
+
+def sweeps_table(sweeps: Sequence[Recorded]) -> Table:
+    """A row a sweep."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("sweep")
+    table.add_column("started")
+    table.add_column("status")
+    table.add_column("data")
+    for heading in ("finished", "pruned", "failed", "time"):
+        table.add_column(heading, justify="right")
+    table.add_column("best")
+    for sweep, record in zip(sweeps, sweeps_records(sweeps), strict=True):
+        best = zip(objectives_of(sweep), record["best"], strict=True)
+        table.add_row(
+            record["sweep"],
+            f"{sweep.started.astimezone():%Y-%m-%d %H:%M}",
+            sweep.status.lower(),
+            record["data"],
+            *(str(record[name]) for name in ("finished", "pruned", "failed")),
+            "" if sweep.seconds is None else duration(sweep.seconds),
+            ", ".join(f"{name} {number(value)}" for name, value in best if value is not None),
+        )
+    return table
+
+
+# --- the command line --------------------------------------------------------------------
+
+
+def main(config: LeaderboardConfig, overrides: list[str]) -> None:
+    with fast_imports():
+        from pipeline.store import connect, search
+
+    connect(config.tracking)
+    if config.all:
+        sweeps = list(search("tags.kind = 'sweep'", limit=config.rows))
+        if not sweeps:
+            find_sweeps([])  # says so
+        _write(config, sweeps_table(sweeps), sweeps_records(sweeps))
+        return
+    board = load_board(
+        find_sweeps(config.sweep.names), limit=config.rows, confidence=config.confidence
+    )
+    title = f"{len(board.rows)} of {board.total} complete trials of {names(board.sweeps)}"
+    below = [board.noise]
+    if len(board.sweeps) > 1 and len(board.objectives) == 1:
+        below += [verdict(found, board) for found in compare(board)]
+    below += [f"See it: {ui_command(sweep.run_id, overrides)}" for sweep in board.sweeps]
+    text = Text("\n".join(["", *filter(None, below)]))
+    _write(config, Group(board_table(board, title), text), board_records(board))
+
+
+def names(sweeps: Sequence[Recorded]) -> str:
+    return " and ".join(sweep.tags["sweep"] for sweep in sweeps)
+
+
+def _write(config: LeaderboardConfig, shown: RenderableType, records: Sequence[Record]) -> None:
+    with ExitStack() as stack:
+        file: IO[str] = sys.stdout
+        if config.out:
+            file = stack.enter_context(Path(config.out).open("w", encoding="utf-8"))
+        if config.format == "json":
+            file.write(json.dumps(records, indent=2) + "\n")
+        elif config.format == "csv":
+            writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(records)
+        else:  # a file has no width at which to cut a table
+            width = None if file.isatty() else 200
+            Console(file=file, highlight=False, soft_wrap=True, markup=False, width=width).print(
+                shown
+            )
+
+
+if __name__ == "__main__":
+    run_cli("leaderboard", LeaderboardConfig, main)

@@ -1,0 +1,230 @@
+"""The sweep's own run in MLflow: its settings, its view of the trials, its description."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+
+from pipeline.config import without_password
+from pipeline.pages import (
+    Chart,
+    View,
+    attribute,
+    compare_page,
+    contour,
+    curves,
+    metric,
+    parallel_coordinates,
+    param,
+    run_page,
+    runs_page,
+    scatter,
+)
+from sweeps.config import OBJECTIVES
+from sweeps.display import Progress
+from sweeps.plan import Plan
+from sweeps.space import Parameter, Values
+from sweeps.study import best_trials, importances
+from sweeps.trial import METRICS
+
+if TYPE_CHECKING:  # or TensorFlow is imported
+    from pipeline.data import Data
+    from pipeline.store import Store
+    from pipeline.tracking import Run
+    from sweeps.board import Board
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.html"
+ROWS = 20  # trials on the leaderboard of the report
+SIDE_BY_SIDE = 10  # runs that the UI compares at first
+
+# Metric of a run, also of one that was pruned, that charts show for an objective.
+CHARTED = {"val_accuracy": "best_val_accuracy"}
+
+
+def open_parent(plan: Plan, study: optuna.Study, store: Store, data: Data, command: str) -> Run:
+    """The sweep's run: that of an earlier launcher, or a new one."""
+    from pipeline.tracking import create_run, find_run, log_inputs
+
+    name = study.study_name
+    tags = {"sweep": name, "kind": "sweep", "study": study.user_attrs["key"]}
+    run = find_run(store, tags) or create_run(store, name, tags)
+    if "recorded" not in run.tags:  # an earlier launcher may have died before it was
+        log_inputs(run, plan.config, data, command, note=what(plan), settings=_settings(plan))
+        store.save_view(run.run_id, view(plan, run.run_id))
+        objective = ", ".join(plan.config.sweep.objectives)
+        own = {"mlflow.source.name": "sweeps.run", "objective": objective, "recorded": "true"}
+        run.set_tags(own)
+    return run
+
+
+def _settings(plan: Plan) -> Mapping[str, Any]:
+    """What all trials share: a value that is searched is not the sweep's."""
+    settings = asdict(plan.config)
+    for parameter in plan.space.parameters:
+        *sections, last = parameter.name.split(".")
+        inside = settings
+        for section in sections:
+            inside = inside.get(section, {})
+        inside.pop(last, None)
+    settings["search"] = {"space": plan.declarations}
+    return settings
+
+
+def what(plan: Plan) -> str:
+    """What the sweep does, in a sentence."""
+    config = plan.config
+    names = ", ".join(parameter.name for parameter in plan.space.parameters)
+    return (
+        f"A sweep on {config.data.name}: searches {names} for "
+        f"{' and '.join(config.sweep.objectives)}, with the sampler {config.sampler.name} and the "
+        f"pruner {config.pruner.name}."
+    )
+
+
+def describe(
+    plan: Plan, parent: Run, board: Board | None, lines: Sequence[str], command: str
+) -> str:
+    """What the UI shows on top of the sweep's run, with links to what there is to see.
+
+    Args:
+        plan: The sweep.
+        parent: Its run.
+        board: Its best trials, if any is complete.
+        lines: What came out.
+        command: Command line that goes on with it.
+    """
+    experiment, run_id = parent.store.experiment_id, parent.run_id
+    links = {
+        "the report": run_page(experiment, run_id, REPORT),
+        "the trials, best first": runs_page(experiment, run_id),
+        "charts of the trials": runs_page(experiment, run_id, charts=True),
+    }
+    if board and len(board.rows) > 1:
+        ids = [row.run.run_id for row in board.rows[:SIDE_BY_SIDE]]
+        links["the best side by side"] = compare_page(experiment, ids)
+    see = "See " + " · ".join(f"[{title}]({page})" for title, page in links.items())
+    listed = "\n".join(f"- {line}" for line in lines)
+    go_on = f"Go on, with a larger `sweep.trials`: `{command}`"
+    return "\n\n".join([what(plan), listed, see, go_on])
+
+
+def read_board(parent: Run, *, limit: int = ROWS) -> Board | None:
+    """The best trials of the sweep, ranked; None before the first is complete."""
+    from pipeline.store import read_run
+    from sweeps.board import UnrankedError, load_board
+
+    try:
+        return load_board([read_run(parent.run_id)], limit=limit)
+    except UnrankedError:
+        return None
+
+
+def publish(
+    plan: Plan, study: optuna.Study, parent: Run, progress: Progress, command: str
+) -> tuple[Board | None, Mapping[str, float]]:
+    """Records what came out so far on the sweep's run: its description and its report.
+
+    Returns:
+        The best trials, if any is complete, and the share of each parameter.
+    """
+    from sweeps.report import Facts, build_report
+
+    board, shares = read_board(parent), importances(study)
+    best = best_trials(study)
+    lines = [progress.counts, progress.best_text]
+    repeat = {trial.number: plan.command(trial.params) for trial in best[:SIDE_BY_SIDE]}
+    facts = Facts(
+        title=f"Sweep {study.study_name}",
+        what=what(plan),
+        lines=lines,
+        space=plan.declarations,
+        data=f"{plan.config.data.name}, {json.loads(study.user_attrs['identity'])['data']}",
+        seeds={
+            "sweep.seed": plan.config.sweep.seed,
+            "seed": plan.config.seed,
+            "data.split_seed": plan.config.data.split_seed,
+        },
+        command=command,
+        best=next(iter(repeat.values()), ""),
+    )
+    lines += [f"repeat trial {number}: `{line}`" for number, line in repeat.items()]
+    parent.describe(describe(plan, parent, board, lines, command))
+    try:
+        page = build_report(study, plan.config.sweep.objectives, board, shares, facts)
+        parent.log_text(without_password(page), REPORT)
+    except Exception as error:  # a picture is not worth a sweep
+        log.warning("the report is not refreshed: %s: %s", type(error).__name__, error)
+    return board, shares
+
+
+# --- the view of its trials --------------------------------------------------------------
+
+
+def view(plan: Plan, run_id: str) -> View:
+    """The trials, the best first, what was searched beside what came out; and charts of it."""
+    objectives, parameters = plan.config.sweep.objectives, plan.space.parameters
+    values = [metric(METRICS.get(name, name)) for name in objectives]
+    height = metric(CHARTED.get(objectives[0], objectives[0]))
+    progress = [metric("best_val_accuracy"), metric("epoch"), metric("parameters")]
+    columns = [*values, *map(_setting, parameters), *progress, attribute("Duration")]
+    return View(
+        condition=f"tags.`mlflow.parentRunId` = '{run_id}'",
+        order_by=values[0],
+        ascending=OBJECTIVES[objectives[0]] == "minimize",
+        columns=list(dict.fromkeys(columns)),
+        charts=_charts(parameters, objectives, height),
+        title=plan.config.data.name,
+    )
+
+
+def _charts(
+    parameters: Sequence[Parameter], objectives: Sequence[str], height: str
+) -> Iterator[Chart]:
+    axes = [_axis(parameter) for parameter in parameters]
+    yield parallel_coordinates(axes, height)
+    if objectives[0] in METRICS:
+        yield curves(objectives[0])
+    if len(objectives) > 1:
+        yield scatter(*(metric(METRICS.get(name, name)) for name in objectives[:2]))
+    numbers = [axis for axis, p in zip(axes, parameters, strict=True) if _is_number(p)]
+    for axis in numbers[:4]:
+        yield scatter(axis, height)
+    for x, y in itertools.islice(itertools.combinations(numbers, 2), 3):
+        yield contour(x, y, height)
+
+
+def _is_number(parameter: Parameter) -> bool:
+    return not isinstance(parameter.distribution, CategoricalDistribution)
+
+
+def _setting(parameter: Parameter) -> str:
+    """Column of the values; of a group, of the option's name."""
+    return param(parameter.name if "." in parameter.name else f"{parameter.name}.name")
+
+
+def _axis(parameter: Parameter) -> str:
+    """Likewise, of its logarithm where it is searched on a logarithmic scale."""
+    is_log = getattr(parameter.distribution, "log", False)
+    return metric(f"log10/{parameter.name}") if is_log else _setting(parameter)
+
+
+def logarithms(plan: Plan, values: Values) -> dict[str, float]:
+    """Metrics of a trial that stand in for what is searched on a logarithmic scale.
+
+    The charts of MLflow's UI have linear axes alone.
+    """
+    return {
+        f"log10/{parameter.name}": math.log10(float(values[parameter.name] or 0))
+        for parameter in plan.space.parameters
+        if parameter.name in values and getattr(parameter.distribution, "log", False)
+    }

@@ -1,0 +1,275 @@
+"""One sweep in pictures: an HTML file that needs no network."""
+
+from __future__ import annotations
+
+import heapq
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import optuna
+import optuna.visualization as plots
+import plotly.graph_objects as go
+from jinja2 import Environment, FileSystemLoader
+from optuna.trial import FrozenTrial, TrialState
+from plotly.offline import get_plotlyjs
+
+from sweeps.board import Board
+from sweeps.display import number, settings
+from sweeps.leaderboard import board_table
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
+)
+COLORS = {"COMPLETE": "#1f77b4", "PRUNED": "#c7c7c7", "FAIL": "#d62728"}
+CONTOURS = 3  # parameters whose pairs are drawn as contours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the report says beside what is in the study.
+
+    Attributes:
+        title: Of the page.
+        what: The sweep in a sentence.
+        lines: What came out.
+        space: Declaration by searched name.
+        data: Data set, sizes and digests.
+        seeds: By name.
+        command: Command line that goes on with the sweep.
+        best: Command line that repeats the best trial, if any.
+    """
+
+    title: str
+    what: str
+    lines: Sequence[str]
+    space: Mapping[str, str]
+    data: str
+    seeds: Mapping[str, int]
+    command: str
+    best: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure of the report.
+
+    Attributes:
+        title: Above it.
+        caption: What to see in it.
+        html: The figure.
+    """
+
+    title: str
+    caption: str
+    html: str
+
+
+def build_report(
+    study: optuna.Study,
+    objectives: Sequence[str],
+    board: Board | None,
+    importances: Mapping[str, float],
+    facts: Facts,
+) -> str:
+    """The page, whole: pictures, leaderboard, space, data, seeds and command.
+
+    Args:
+        study: With any number of trials, in any state.
+        objectives: Names of its values.
+        board: Its best trials, if any is complete.
+        importances: Share of each parameter; empty where unknown.
+        facts: What else it says.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        pictures = list(_pictures(study, objectives, importances))
+    trials = study.get_trials(deepcopy=False)
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    return TEMPLATES.get_template("report.html").render(
+        facts=facts,
+        pictures=pictures,
+        plotly=get_plotlyjs(),
+        board=board,
+        table=_cells(board) if board else None,
+        failed=[(t.number, settings(t.params), t.user_attrs.get("reason", "")) for t in failed],
+        now=datetime.now().astimezone(),
+    )
+
+
+def _cells(board: Board) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the leaderboard, as the terminal shows them."""
+    columns = board_table(board, "").columns
+    rows = zip(*([str(cell) for cell in column.cells] for column in columns), strict=True)
+    return [str(column.header) for column in columns], [list(row) for row in rows]
+
+
+# --- pictures ----------------------------------------------------------------------------
+
+
+def _pictures(
+    study: optuna.Study, objectives: Sequence[str], importances: Mapping[str, float]
+) -> Iterator[Picture]:
+    trials = study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    objective = objectives[0]
+    if complete:
+        yield from _results(study, objectives)
+    if importances:
+        figure, height = _importances(importances), 110 + 32 * len(importances)
+        caption = f"Share of each parameter in the variance of {objective} (fANOVA)."
+        yield _picture("Importances", caption, figure, height)
+    if any(trial.intermediate_values for trial in trials):
+        caption = f"{objective} by epoch. Pruned trials end early, in grey."
+        yield _picture("Learning curves", caption, _curves(trials, objective))
+    if len(complete) > 1:
+        searched = dict.fromkeys(name for trial in complete for name in trial.params)
+        names = sorted(searched, key=lambda name: -importances.get(name, 0.0))
+        yield from _space(study, objectives, names)
+    if lanes := _lanes(trials):
+        caption = "What each worker was busy with; gaps are idle."
+        yield _picture("Time line of the workers", caption, _timeline(lanes), 130 + 40 * len(lanes))
+
+
+def _target(objectives: Sequence[str]) -> Callable[[FrozenTrial], float] | None:
+    """Optuna's plots want to be told, of several objectives, which one."""
+    return (lambda trial: trial.values[0]) if len(objectives) > 1 else None
+
+
+def _results(study: optuna.Study, objectives: Sequence[str]) -> Iterator[Picture]:
+    if len(objectives) > 1:
+        front = plots.plot_pareto_front(study, target_names=list(objectives))
+        yield _picture("Pareto front", "Trials that no other beats in every objective.", front)
+    figure = plots.plot_optimization_history(
+        study, target=_target(objectives), target_name=objectives[0]
+    )
+    caption = f"{objectives[0]} of each complete trial, and the best so far."
+    yield _picture("History", caption, figure)
+
+
+def _space(
+    study: optuna.Study, objectives: Sequence[str], names: Sequence[str]
+) -> Iterator[Picture]:
+    """What came out where in the search space; the most important names come first."""
+    target, objective = _target(objectives), objectives[0]
+    slices = plots.plot_slice(study, list(names), target=target, target_name=objective)
+    yield _picture("Slices", f"{objective} over each parameter alone.", slices)
+    parallel = plots.plot_parallel_coordinate(
+        study, list(names), target=target, target_name=objective
+    )
+    caption = "A line a complete trial; drag along an axis to select."
+    yield _picture("Parallel coordinates", caption, parallel)
+    if len(names) > 1:
+        first = list(names[:CONTOURS])
+        contour = plots.plot_contour(study, first, target=target, target_name=objective)
+        caption = "Over pairs of the most important parameters, interpolated."
+        yield _picture("Contours", caption, contour, 300 * len(first))
+
+
+def _picture(title: str, caption: str, figure: go.Figure, height: int = 420) -> Picture:
+    figure.update_layout(
+        template="plotly_white",
+        title=None,
+        height=height,
+        margin={"l": 60, "r": 40, "t": 40, "b": 50},
+    )
+    html = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+    return Picture(title=title, caption=caption, html=html)
+
+
+def _importances(importances: Mapping[str, float]) -> go.Figure:
+    names, shares = list(importances)[::-1], list(importances.values())[::-1]
+    text = [f"{share:.2f}" for share in shares]
+    return go.Figure(go.Bar(x=shares, y=names, orientation="h", text=text))
+
+
+def _curves(trials: Sequence[FrozenTrial], objective: str) -> go.Figure:
+    """One trace a state, its curves parted by gaps: of thousands of trials, too."""
+    figure = go.Figure()
+    for state in (TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE):
+        x: list[int | None] = []
+        y: list[float | None] = []
+        text: list[str] = []
+        for trial in (trial for trial in trials if trial.state == state):
+            reported = sorted(trial.intermediate_values.items())
+            x += [*(epoch for epoch, _ in reported), None]
+            y += [*(value for _, value in reported), None]
+            text += [f"trial {trial.number}"] * (len(reported) + 1)
+        if x:
+            figure.add_trace(
+                go.Scatter(
+                    x=x,
+                    y=y,
+                    text=text,
+                    name=state.name.lower(),
+                    mode="lines+markers",
+                    marker={"size": 4},
+                    line={"color": COLORS[state.name], "width": 1.2},
+                )
+            )
+    figure.update_layout(xaxis_title="epoch", yaxis_title=objective)
+    return figure
+
+
+Span = tuple[datetime, datetime, FrozenTrial]
+
+
+def _lanes(trials: Sequence[FrozenTrial]) -> list[list[Span]]:
+    """When each worker was busy with what: the last try of each trial that ended."""
+    spans = []
+    for trial in trials:
+        seconds = trial.user_attrs.get("seconds", 0.0)
+        if trial.datetime_complete and seconds:
+            end = trial.datetime_complete
+            spans.append((end - timedelta(seconds=seconds), end, trial))
+    lanes: list[list[Span]] = []
+    free: list[tuple[datetime, int]] = []  # when, and which lane
+    for span in sorted(spans, key=lambda span: span[0]):
+        slack = timedelta(seconds=0.5)  # a worker is told to start before its last trial is told
+        if free and free[0][0] <= span[0] + slack:
+            lane = heapq.heappop(free)[1]
+        else:
+            lane = len(lanes)
+            lanes.append([])
+        lanes[lane].append(span)
+        heapq.heappush(free, (span[1], lane))
+    return lanes
+
+
+def _timeline(lanes: Sequence[Sequence[Span]]) -> go.Figure:
+    figure = go.Figure()
+    for state, color in COLORS.items():
+        bars = [
+            (lane + 1, start, end, trial)
+            for lane, spans in enumerate(lanes)
+            for start, end, trial in spans
+            if trial.state.name == state
+        ]
+        if bars:
+            figure.add_trace(
+                go.Bar(
+                    base=[start for _, start, _, _ in bars],
+                    x=[(end - start).total_seconds() * 1000 for _, start, end, _ in bars],
+                    y=[lane for lane, *_ in bars],
+                    orientation="h",
+                    name=state.lower(),
+                    marker={"color": color, "line": {"color": "white", "width": 1}},
+                    text=[str(trial.number) for *_, trial in bars],
+                    hovertext=[_hover(trial) for *_, trial in bars],
+                    hoverinfo="text",
+                    insidetextanchor="middle",
+                )
+            )
+    figure.update_layout(barmode="overlay", xaxis={"type": "date"})
+    figure.update_yaxes(
+        title="worker", tickvals=list(range(1, len(lanes) + 1)), autorange="reversed"
+    )
+    return figure
+
+
+def _hover(trial: FrozenTrial) -> str:
+    value = ", ".join(map(number, trial.values or ()))
+    head = f"trial {trial.number} {trial.state.name.lower()} {value}"
+    return f"{head}<br>{settings(trial.params)}<br>{trial.user_attrs['seconds']:.1f} s"
