@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode
 # Without it, the UI opens on its pages for language models.
 _KIND = {"workflowType": "machine_learning"}
 _SECTION = "charts"
-WIDE = 150  # pixels of a column whose heading is long
+WIDE = 150  # pixels of a column: the headings are long
 
 Chart = Mapping[str, Any]
 
@@ -157,8 +157,9 @@ def run_page(experiment_id: str, run_id: str, artifact: str = "") -> str:
 
 def compare_page(experiment_id: str, run_ids: Sequence[str]) -> str:
     """Some runs side by side."""
-    ids = {"runs": json.dumps(list(run_ids)), "experiments": json.dumps([experiment_id])}
-    return _page("compare-runs", **ids)
+    given = {"runs": list(run_ids), "experiments": [experiment_id]}
+    packed = {name: json.dumps(ids, separators=(",", ":")) for name, ids in given.items()}
+    return _page("compare-runs", **packed)
 
 
 def _page(path: str, **query: str) -> str:

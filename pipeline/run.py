@@ -106,7 +106,8 @@ def execute_run(
             if epoch > recorded.get("epoch", 0):
                 if metrics.get("val_accuracy", -1.0) > best.get("best_val_accuracy", -1.0):
                     best.update(best_val_accuracy=metrics["val_accuracy"], best_epoch=epoch)
-                run.log_metrics({"epoch": epoch, **metrics, **best}, step=epoch)
+                # The UI's page that compares runs begins with what was recorded first.
+                run.log_metrics({**best, "epoch": epoch, **metrics}, step=epoch)
             on_epoch_end(epoch, metrics)
             hook_seconds.append(time.perf_counter() - begin)
 

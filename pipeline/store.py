@@ -26,6 +26,7 @@ from pipeline.pages import RUNS, RUNS_KEY, View
 
 RESERVE_BYTES = 256 * 1024  # many times what the end of a run writes to the database
 PAGE = 500  # runs read at once
+NOTE = "mlflow.note.content"  # Markdown that the UI shows on top of a run
 PREDICTIONS = "predictions/validation.npz"
 
 # What goes wrong with a store, not with a run: a full disk, a locked database, no server.

@@ -46,7 +46,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from pipeline.config import RunConfig, flatten, without_password
 from pipeline.endings import DivergedError, StopRun
 from pipeline.pages import run_page
-from pipeline.store import PREDICTIONS, Store, open_store
+from pipeline.store import NOTE, PREDICTIONS, Store, open_store
 
 if TYPE_CHECKING:  # or TensorFlow is imported, or what takes a second
     import keras
@@ -57,7 +57,6 @@ if TYPE_CHECKING:  # or TensorFlow is imported, or what takes a second
 
 log = logging.getLogger(__name__)
 
-NOTE = "mlflow.note.content"
 LIBRARIES = ("tensorflow", "keras", "numpy", "mlflow")
 ROOT = Path(__file__).resolve().parents[1]
 

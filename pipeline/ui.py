@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -25,6 +26,7 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 HOST = "127.0.0.1"
 LATEST = 5  # runs whose addresses are printed
 PATIENCE = 120  # seconds for MLflow's server to start
+_LINK = re.compile(r"\[([^]]+)\]\((#[^)]+)\)")  # in the Markdown that describes a run
 CHOICE = {"tracking", "tracking.uri", "tracking.directory"}  # overrides that choose a store
 
 
@@ -36,11 +38,12 @@ def ui_command(run_id: str, overrides: list[str]) -> str:
 
 def _pages(run_id: str | None) -> Iterator[tuple[str, str]]:
     """What is worth opening: a title and its page."""
-    from pipeline.store import experiments, read_run, save_view, search
+    from pipeline.store import NOTE, experiments, read_run, save_view, search
 
     if run_id:
         run = read_run(run_id)
         yield run.name, run_page(run.experiment_id, run.run_id)
+        yield from _LINK.findall(run.tags.get(NOTE, ""))
         return
     names = experiments()
     latest = list(search("tags.`mlflow.parentRunId` IS NULL", limit=LATEST))
@@ -94,6 +97,7 @@ def serve(uri: str, port: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
 
 def _is_taken(port: int) -> bool:
     with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just closed
         try:
             free.bind((HOST, port))
         except OSError:

@@ -260,10 +260,9 @@ class Launcher:
             if run.status != "DELETED":
                 return run
         tags = {"sweep": self.study.study_name, "trial": trial.number}
-        found = find_run(self.parent.store, tags, parent=self.parent)
-        run = found or create_run(self.parent.store, name, tags, parent=self.parent)
-        if not found and (metrics := logarithms(self.plan, values)):
-            run.log_metrics(metrics)
+        run = find_run(self.parent.store, tags, parent=self.parent) or create_run(
+            self.parent.store, name, tags, parent=self.parent
+        )
         trial.set_user_attr("run_id", run.run_id)
         return run
 
@@ -310,6 +309,8 @@ class Launcher:
             trial.set_user_attr("reason", outcome.reason)
         elif outcome.state == "PRUNED":
             run.end("KILLED")
+        if metrics := logarithms(self.plan, trial.params):
+            run.log_metrics(metrics)
         trial.set_user_attr("seconds", seconds)
         trial.set_user_attr("epochs", outcome.epochs)
         values = outcome.values or None

@@ -41,23 +41,36 @@ Record = dict[str, Any]
 
 def board_table(board: Board, title: str) -> Table:
     """A row a run."""
-    several = len(board.sweeps) > 1
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    headings = ["rank", *(["sweep"] if several else []), "trial", *board.objectives]
-    if len(board.objectives) == 1:
-        headings.append("behind")
-    headings += ["epochs", "parameters", "seconds", *map(last_part, board.settings)]
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "sweep" else "right")
-    for row in board.rows:
-        cells = ["" if row.rank is None else str(row.rank), *([row.sweep] if several else [])]
-        cells += [str(row.trial), *map(number, row.values)]
-        if row.difference is not None:
-            cells.append(_behind(row))
-        cells += [_whole(row, "epoch"), _whole(row, "parameters"), _seconds(row)]
-        cells += [_shown(row.run, name) for name in board.settings]
-        table.add_row(*cells, style="bold" if row.rank == 1 else None)
+    rows = [_cells(board, row) for row in board.rows]
+    for name in rows[0]:
+        table.add_column(_heading(name), justify="left" if name == "sweep" else "right")
+    for row, cells in zip(board.rows, rows, strict=True):
+        table.add_row(*cells.values(), style="bold" if row.rank == 1 else None)
     return table
+
+
+def _cells(board: Board, row: Row) -> dict[str, str]:
+    """Text by column."""
+    run, several = row.run, len(board.sweeps) > 1
+    return {
+        "rank": "" if row.rank is None else str(row.rank),
+        **({"sweep": row.sweep} if several else {}),
+        "trial": str(row.trial),
+        **dict(zip(board.objectives, map(number, row.values), strict=True)),
+        **({"behind": _behind(row)} if row.difference is not None else {}),
+        "epochs": number(run.metrics["epoch"]),
+        "parameters": number(run.metrics["parameters"]),
+        "seconds": f"{run.metrics['fit_seconds']:.1f}",
+        **{
+            name: short(setting(run, name)) if name in run.params else "" for name in board.settings
+        },
+    }
+
+
+def _heading(name: str) -> str:
+    """Of a group, its name: `optimizer` for `optimizer.name`."""
+    return last_part(name.removesuffix(".name"))
 
 
 def _behind(row: Row) -> str:
@@ -65,18 +78,6 @@ def _behind(row: Row) -> str:
         return ""
     margin = "" if row.margin is None else f" ±{row.margin:.4f}"
     return f"{abs(row.difference or 0.0):.4f}{margin}"
-
-
-def _whole(row: Row, metric: str) -> str:
-    return f"{row.run.metrics[metric]:,.0f}" if metric in row.run.metrics else ""
-
-
-def _seconds(row: Row) -> str:
-    return f"{row.run.metrics['fit_seconds']:.1f}" if "fit_seconds" in row.run.metrics else ""
-
-
-def _shown(run: Recorded, name: str) -> str:
-    return short(setting(run, name)) if name in run.params else ""
 
 
 def board_records(board: Board) -> list[Record]:
@@ -128,12 +129,12 @@ def sweeps_records(sweeps: Sequence[Recorded]) -> list[Record]:
             "status": sweep.status,
             "started": sweep.started.isoformat(timespec="seconds"),
             "seconds": sweep.seconds,
-            "data": sweep.params["data.name"],
+            "data": sweep.params.get("data.name", ""),
             "objective": sweep.tags["objective"],
             **{name: int(sweep.metrics.get(name, 0)) for name in ("finished", "pruned", "failed")},
             "best": [sweep.metrics.get(f"best_{name}") for name in objectives_of(sweep)],
             "run_id": sweep.run_id,
-            "command": sweep.tags["command"],
+            "command": sweep.tags.get("command", ""),
         }
         for sweep in sweeps
     ]

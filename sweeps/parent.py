@@ -31,7 +31,7 @@ from pipeline.pages import (
 from sweeps.config import OBJECTIVES
 from sweeps.display import Progress
 from sweeps.plan import Plan
-from sweeps.space import Parameter, Values
+from sweeps.space import Parameter
 from sweeps.study import best_trials, importances
 from sweeps.trial import METRICS
 
@@ -57,13 +57,12 @@ def open_parent(plan: Plan, study: optuna.Study, store: Store, data: Data, comma
 
     name = study.study_name
     tags = {"sweep": name, "kind": "sweep", "study": study.user_attrs["key"]}
-    run = find_run(store, tags) or create_run(store, name, tags)
+    objective = ", ".join(plan.config.sweep.objectives)
+    run = find_run(store, tags) or create_run(store, name, {**tags, "objective": objective})
     if "recorded" not in run.tags:  # an earlier launcher may have died before it was
         log_inputs(run, plan.config, data, command, note=what(plan), settings=_settings(plan))
-        store.save_view(run.run_id, view(plan, run.run_id))
-        objective = ", ".join(plan.config.sweep.objectives)
-        own = {"mlflow.source.name": "sweeps.run", "objective": objective, "recorded": "true"}
-        run.set_tags(own)
+        run.set_tags({"mlflow.source.name": "sweeps.run", "recorded": "true"})
+    store.save_view(run.run_id, view(plan, run.run_id))
     return run
 
 
@@ -115,7 +114,7 @@ def describe(
     see = "See " + " · ".join(f"[{title}]({page})" for title, page in links.items())
     listed = "\n".join(f"- {line}" for line in lines)
     go_on = f"Go on, with a larger `sweep.trials`: `{command}`"
-    return "\n\n".join([what(plan), listed, see, go_on])
+    return "\n\n".join([see, what(plan), listed, go_on])
 
 
 def read_board(parent: Run, *, limit: int = ROWS) -> Board | None:
@@ -146,7 +145,7 @@ def publish(
     facts = Facts(
         title=f"Sweep {study.study_name}",
         what=what(plan),
-        lines=lines,
+        lines=tuple(lines),
         space=plan.declarations,
         data=f"{plan.config.data.name}, {json.loads(study.user_attrs['identity'])['data']}",
         seeds={
@@ -218,13 +217,13 @@ def _axis(parameter: Parameter) -> str:
     return metric(f"log10/{parameter.name}") if is_log else _setting(parameter)
 
 
-def logarithms(plan: Plan, values: Values) -> dict[str, float]:
+def logarithms(plan: Plan, values: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of a trial that stand in for what is searched on a logarithmic scale.
 
     The charts of MLflow's UI have linear axes alone.
     """
     return {
-        f"log10/{parameter.name}": math.log10(float(values[parameter.name] or 0))
+        f"log10/{parameter.name}": math.log10(values[parameter.name])
         for parameter in plan.space.parameters
         if parameter.name in values and getattr(parameter.distribution, "log", False)
     }

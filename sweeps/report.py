@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
 )
 COLORS = {"COMPLETE": "#1f77b4", "PRUNED": "#c7c7c7", "FAIL": "#d62728"}
+SLACK = timedelta(seconds=0.5)  # a worker starts a trial before its last one is told
 CONTOURS = 3  # parameters whose pairs are drawn as contours
 
 
@@ -225,16 +225,12 @@ def _lanes(trials: Sequence[FrozenTrial]) -> list[list[Span]]:
             end = trial.datetime_complete
             spans.append((end - timedelta(seconds=seconds), end, trial))
     lanes: list[list[Span]] = []
-    free: list[tuple[datetime, int]] = []  # when, and which lane
     for span in sorted(spans, key=lambda span: span[0]):
-        slack = timedelta(seconds=0.5)  # a worker is told to start before its last trial is told
-        if free and free[0][0] <= span[0] + slack:
-            lane = heapq.heappop(free)[1]
+        free = [lane for lane in lanes if lane[-1][1] <= span[0] + SLACK]
+        if free:  # the one that has been free for the shortest
+            max(free, key=lambda lane: lane[-1][1]).append(span)
         else:
-            lane = len(lanes)
-            lanes.append([])
-        lanes[lane].append(span)
-        heapq.heappush(free, (span[1], lane))
+            lanes.append([span])
     return lanes
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from selenium.webdriver.remote.webdriver import WebDriver
 
 from pipeline.compose import CONF, to_config
 from pipeline.config import RunConfig
+from tests.served import CHROMIUM, DRIVER, open_browser
 
 POSTGRESQL = Path("/usr/lib/postgresql/15/bin")
 
@@ -69,6 +71,17 @@ def configure() -> Callable[..., RunConfig]:
         return to_config(cfg)
 
     return configure
+
+
+@pytest.fixture(scope="session")
+def browser(
+    tmp_path_factory: pytest.TempPathFactory, need: Callable[[object, str], None]
+) -> Iterator[WebDriver]:
+    """A real one."""
+    need(CHROMIUM.exists() and DRIVER.exists(), "Debian's chromium and chromium-driver")
+    driver = open_browser(tmp_path_factory.mktemp("browser"))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture(scope="session")

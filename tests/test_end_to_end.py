@@ -5,33 +5,25 @@ import os
 import re
 import shlex
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.served import Served, open_ui, sees
 
 Need = Callable[[object, str], None]
 
 RUN = [sys.executable, "-m", "pipeline.run"]
 QUICK = ["data=digits", "training=quick", "model.hidden_units=32"]
-CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-# Without them a browser in a closed network spends its time on connections that are refused.
-CHROMIUM_FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--window-size=1600,1200"
-)
 
 
 def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -78,7 +70,9 @@ def test_a_run_ends_with_its_figures_and_the_lines_that_repeat_and_show_it(ended
     assert re.search(r"^Test accuracy: 0\.\d{4} \(look 2 at this test split\)$", ended.out, re.M)
     command = "python -m pipeline.run data=digits training=quick model.hidden_units=32 seed=1"
     assert f"\nRepeat: {command}\n" in ended.out
-    assert "\nSee it: mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db" in ended.out
+    assert (
+        len(re.findall(r"^See it: python -m pipeline\.ui run=[0-9a-f]{32}$", ended.out, re.M)) == 2
+    )
 
 
 def test_a_run_shows_every_epoch_and_says_nothing_on_standard_error(ended: Ended) -> None:
@@ -150,74 +144,27 @@ def test_a_full_disk_fails_the_run_with_its_reason_and_spares_the_database(
 
 
 @pytest.fixture(scope="module")
-def server(ended: Ended) -> Iterator[str]:
-    """Address of the UI, opened by the line that a run ends with."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (line,) = set(re.findall(r"^See it: (mlflow ui .*?)  #", ended.out, re.M))
-    arguments = [*shlex.split(line)[1:], "--port", str(port), "--workers", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *arguments],
-        cwd=ended.folder,
-        env={
-            **os.environ,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_until_healthy(f"http://127.0.0.1:{port}/health", process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
-
-
-def wait_until_healthy(address: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(240):
-        assert process.poll() is None, "the server ended"
-        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=2):
-            return
-        time.sleep(0.5)
-    pytest.fail("the server did not start within two minutes")
+def served(ended: Ended) -> Iterator[Served]:
+    """The UI, opened by the line that the first run ends with."""
+    line = re.findall(r"^See it: python -m pipeline\.ui (.*)$", ended.out, re.M)[0]
+    with open_ui(*shlex.split(line), folder=ended.folder) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory, need: Need) -> Iterator[WebDriver]:
-    need(CHROMIUM.exists() and DRIVER.exists(), "Debian's chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    profile = tmp_path_factory.mktemp("browser")
-    for flag in [*CHROMIUM_FLAGS.split(), f"--user-data-dir={profile}"]:
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    yield driver
-    driver.quit()
-
-
-def page_of(ended: Ended, server: str) -> str:
-    """Address of the first run's page, as the run printed it."""
-    page = re.findall(r"http://127\.0\.0\.1:5000(/#/\S+)", ended.out)[0]
-    return f"{server}{page}"
-
-
-def sees(browser: WebDriver, *texts: str) -> bool:
-    body = browser.find_element(By.TAG_NAME, "body")
-    return all(text in body.text for text in texts)
+def page(served: Served) -> str:
+    """Address of the first run's page."""
+    return served.pages["32-32 dropout=0.2 rmsprop lr=0.001 seed=1"]
 
 
 def test_the_ui_shows_a_run_with_its_result_and_how_to_repeat_it(
-    ended: Ended, server: str, browser: WebDriver
+    page: str, browser: WebDriver
 ) -> None:
-    browser.get(page_of(ended, server))
+    browser.get(page)
 
     WebDriverWait(browser, 60).until(
-        lambda page: sees(
-            page,
+        lambda driver: sees(
+            driver,
             "32-32 dropout=0.2 rmsprop lr=0.001 seed=1",
             "Finished",
             "best validation accuracy",
@@ -228,39 +175,35 @@ def test_the_ui_shows_a_run_with_its_result_and_how_to_repeat_it(
 
 
 @pytest.mark.parametrize("name", ["digits", "learning_curves", "confusion_matrix", "mistakes"])
-def test_the_ui_shows_the_figures_inline(
-    ended: Ended, server: str, browser: WebDriver, name: str
-) -> None:
-    address, _, options = page_of(ended, server).partition("?")
+def test_the_ui_shows_the_figures_inline(page: str, browser: WebDriver, name: str) -> None:
+    address, _, options = page.partition("?")
     browser.get("about:blank")  # or the figure before is still there
     browser.get(f"{address}/artifacts/figures/{name}.png?{options}")
 
-    def width(page: WebDriver) -> int:
+    def width(driver: WebDriver) -> int:
         script = (
             "return Math.max(0, ...Array.from(document.querySelectorAll('img, [style*=blob]'))"
             ".map(image => image.naturalWidth || image.clientWidth))"
         )
-        found: int = page.execute_script(script)
+        found: int = driver.execute_script(script)
         return found
 
-    WebDriverWait(browser, 60).until(lambda page: width(page) > 200)
+    WebDriverWait(browser, 60).until(lambda driver: width(driver) > 200)
     assert sees(browser, f"{name}.png")
 
 
-def test_the_ui_lists_the_runs_of_the_experiment(
-    ended: Ended, server: str, browser: WebDriver
-) -> None:
-    browser.get(re.sub(r"/runs/\w+", "", page_of(ended, server)))
+def test_the_ui_lists_the_runs_of_the_experiment(page: str, browser: WebDriver) -> None:
+    browser.get(re.sub(r"/runs/\w+", "/runs", page))
 
-    WebDriverWait(browser, 60).until(lambda page: sees(page, "matching runs"))
+    WebDriverWait(browser, 60).until(lambda driver: sees(driver, "matching runs"))
     assert sees(browser, "Run Name", "Created", "Dataset")
     assert browser.find_element(By.TAG_NAME, "body").text.count("32-32 dropout") >= 2
 
 
 def test_a_run_logs_to_a_server_and_hides_its_password(
-    ended: Ended, server: str, tmp_path: Path
+    ended: Ended, served: Served, tmp_path: Path
 ) -> None:
-    address = server.replace("http://", "http://me:hush-7f3a@")
+    address = served.address.replace("http://", "http://me:hush-7f3a@")
 
     done = run(
         *QUICK,
@@ -272,7 +215,10 @@ def test_a_run_logs_to_a_server_and_hides_its_password(
 
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
-    assert f"See it: {server.replace('http://', 'http://me:***@')}/#/experiments/" in done.stdout
+    assert (
+        f"See it: {served.address.replace('http://', 'http://me:***@')}/#/experiments/"
+        in done.stdout
+    )
     runs = query(
         ended.folder,
         "SELECT status FROM runs JOIN experiments USING (experiment_id) "

@@ -6,7 +6,6 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState
@@ -93,7 +92,7 @@ def test_a_sweep_ends_with_a_ranking_and_what_it_depends_on(ended: Ended) -> Non
     (table,) = re.findall(
         rf"^Best of {len(complete)} complete trials\n(.+?)\n\n", ended.out, re.M | re.S
     )
-    ranked = [line.split()[:2] for line in table.splitlines()[1:]]
+    ranked = [line.split()[1:3] for line in table.splitlines()[1:]]
     best_first = sorted(complete, key=lambda trial: (-trial.values[0], trial.number))
     assert ranked == [[str(trial.number), f"{trial.values[0]:.4f}"] for trial in best_first[:5]]
     baseline = f"{ended.trials[0].values[0]:.4f}"
@@ -108,11 +107,12 @@ def test_outside_a_terminal_a_sweep_writes_plain_lines_and_no_error(ended: Ended
     assert ended.err == ""
 
 
-def test_the_line_that_opens_the_ui_leads_to_the_runs_of_the_sweep(ended: Ended) -> None:
-    start = "\nSee it: mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db  # then http://"
-    (line,) = [line for line in ended.out.splitlines() if line.startswith("See it")]
-    assert f"\n{line}".startswith(start)
-    assert "tags.sweep = 'reference'" in unquote(line)
+def test_a_sweep_ends_with_the_command_that_shows_it(ended: Ended) -> None:
+    (parent,) = [run.run_id for run in runs_of(ended.folder, "reference") if "kind" in run.tags]
+
+    assert ended.out.endswith(
+        f"\nSee the report, the trials and charts of them: python -m pipeline.ui run={parent}\n"
+    )
 
 
 def test_a_sweep_writes_to_its_stores_alone(ended: Ended) -> None:
@@ -252,7 +252,7 @@ def test_several_objectives_end_with_the_pareto_front_and_time_can_be_added(
     trials = trials_of(tmp_path, "front")
     assert {trial.state.name for trial in trials} == {"COMPLETE"}
     (table,) = re.findall(r"^Pareto front\n(.+?)\n\n", whole.stdout, re.M | re.S)
-    front = [line.split()[:3] for line in table.splitlines()[1:]]
+    front = [line.split()[1:4] for line in table.splitlines()[1:]]
     better = [
         [str(trial.number), f"{trial.values[0]:.4f}", f"{trial.values[1]:,.0f}"]
         for trial in trials

@@ -23,8 +23,8 @@ from sweeps.display import (
     duration,
     importance_table,
     number,
+    run_name,
     short,
-    top_table,
 )
 
 SPACE = {
@@ -286,26 +286,22 @@ def test_settings_are_told_by_the_last_part_of_their_names() -> None:
 # --- tables ------------------------------------------------------------------------------
 
 
-def test_the_top_trials_are_rows_with_their_values_and_settings() -> None:
-    first = trial(7, 0.98765, units=512, rate=0.00123)
-    second = trial(12, 0.9, units=64, optimizer="adam", seconds=70.04)
-
-    title, headings, *rows = rendered(top_table([first, second], ["val_accuracy"], "The best"))
-
-    assert title == "The best"
-    assert headings.split() == ["trial", "val_accuracy", "epochs", "seconds", "hidden_units",
-                                "learning_rate", "optimizer"]  # fmt: skip
-    assert rows[0].split() == ["7", "0.9877", "2", "2.5", "512", "0.00123"]
-    assert rows[1].split() == ["12", "0.9000", "2", "70.0", "64", "adam"]
-
-
-def test_a_front_has_a_column_for_each_objective() -> None:
-    table = top_table([trial(3, 0.9, 5000.0)], ["val_accuracy", "parameters"], "Pareto front")
-
-    _, headings, row = rendered(table)
-
-    assert headings.split()[:3] == ["trial", "val_accuracy", "parameters"]
-    assert row.split()[:3] == ["3", "0.9000", "5,000"]
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        (
+            {"hidden_units": 412, "model.dropout_rate": 0.183, "optimizer.learning_rate": 8.1e-4},
+            "trial-012 width=412 dropout=0.18 lr=8.1e-4",
+        ),
+        ({"optimizer.learning_rate": 1e-5}, "trial-012 lr=1e-5"),
+        ({"optimizer.learning_rate": 0.0}, "trial-012 lr=0"),
+        ({"optimizer": "adam", "model.bias": None}, "trial-012 optimizer=adam bias=None"),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_run_tells_its_settings_in_few_letters(
+    values: dict[str, str | int | float | None], name: str
+) -> None:
+    assert run_name(12, values) == name
 
 
 def test_importances_are_bars_with_their_shares() -> None:

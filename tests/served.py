@@ -1,0 +1,100 @@
+"""The MLflow UI as a user opens it, and a real browser on it."""
+
+import contextlib
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
+
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+# Without them a browser in a closed network spends its time on connections that are refused.
+CHROMIUM_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--window-size=1600,1200"
+)
+PATIENCE = 120  # seconds for the server to start
+
+
+@dataclass(frozen=True)
+class Served:
+    """`python -m pipeline.ui`, ready.
+
+    Attributes:
+        process: Of the command.
+        pages: Address by the title it was printed with.
+    """
+
+    process: subprocess.Popen[str]
+    pages: dict[str, str]
+
+    @property
+    def address(self) -> str:
+        return self.pages["home"].rstrip("/")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def open_ui(*arguments: str, folder: Path) -> Iterator[Served]:
+    """Starts the UI, and ends it with Ctrl-C."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.ui", f"port={free_port()}", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+    try:
+        yield Served(process, dict(_printed(process)))
+    finally:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=30)
+        if process.poll() is None:
+            process.kill()
+
+
+def _printed(process: subprocess.Popen[str]) -> Iterator[tuple[str, str]]:
+    assert process.stdout is not None
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if not select.select([process.stdout], [], [], 1.0)[0]:
+            continue
+        line = process.stdout.readline()
+        if not line or line.startswith("Ctrl-C"):
+            return
+        if found := re.fullmatch(r"(.+?) {2,}(http://127\.0\.0\.1:\d+/.*)\n", line):
+            yield found[1], found[2]
+    raise TimeoutError("the UI did not start")
+
+
+def open_browser(profile: Path) -> WebDriver:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in [*CHROMIUM_FLAGS.split(), f"--user-data-dir={profile}"]:
+        options.add_argument(flag)
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+
+
+def sees(browser: WebDriver, *texts: str) -> bool:
+    body = browser.find_element(By.TAG_NAME, "body")
+    return all(text in body.text for text in texts)
