@@ -17,6 +17,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 
 from pipeline.compose import CONF, to_config
 from pipeline.config import RunConfig
+from tests.launching import run
 from tests.served import CHROMIUM, DRIVER, open_browser
 
 POSTGRESQL = Path("/usr/lib/postgresql/15/bin")
@@ -71,6 +72,24 @@ def configure() -> Callable[..., RunConfig]:
         return to_config(cfg)
 
     return configure
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose store holds two real sweeps, `narrow` and `wide`; to be left as it is."""
+    folder = tmp_path_factory.mktemp("swept")
+    for name, units in (("narrow", "4, 8"), ("wide", "64, 512")):
+        done = run(
+            "data=digits",
+            f"model.hidden_units=tag(log, int(interval({units})))",
+            "training.epochs=6",
+            "pruner.min_resource=2",
+            "sweep.trials=8",
+            f"sweep.name={name}",
+            folder=folder,
+        )
+        assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.fixture(scope="session")
