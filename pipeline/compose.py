@@ -246,6 +246,9 @@ def _errors_in_one_line(config_name: str, tracebacks: bool) -> Iterator[None]:
         print(str(interruption) or done, file=sys.stderr)
         terminated = isinstance(interruption, Terminated)
         sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
+    except BrokenPipeError:  # of `| head`: its reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its end fails again
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if tracebacks:
             raise

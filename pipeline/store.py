@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import mlflow
 import numpy as np
@@ -31,6 +33,8 @@ PREDICTIONS = "predictions/validation.npz"
 
 # What goes wrong with a store, not with a run: a full disk, a locked database, no server.
 STORE_ERRORS = (OSError, MlflowException, SQLAlchemyError)
+# What NumPy raises of a file that is cut short, damaged or something else.
+_DAMAGED = (EOFError, KeyError, ValueError, BadZipFile, zlib.error)
 
 _VIEW = "mlflow.sharedViewState."  # what the UI calls the tags that hold views
 EXPERIMENT_TAGS = {
@@ -282,12 +286,12 @@ def _validation(run: mlflow.entities.Run) -> tuple[str, int] | None:
 
 
 def read_predictions(run_id: str) -> Predictions | None:
-    """What `Run.log_predictions` recorded; None where nothing was, or it was deleted."""
-    with suppress(*STORE_ERRORS), tempfile.TemporaryDirectory() as folder:
+    """What `Run.log_predictions` recorded; None where nothing was, or it was deleted or damaged."""
+    with suppress(*STORE_ERRORS, *_DAMAGED), tempfile.TemporaryDirectory() as folder:
         path = mlflow.artifacts.download_artifacts(
             run_id=run_id, artifact_path=PREDICTIONS, dst_path=folder
         )
-        with np.load(path) as arrays:
+        with Path(path).open("rb") as file, np.load(file) as arrays:  # NumPy leaves it open
             return Predictions(
                 labels=arrays["label"], classes=arrays["prediction"], losses=arrays["loss"]
             )

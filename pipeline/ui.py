@@ -19,6 +19,7 @@ from rich.console import Console
 
 from pipeline.compose import Terminated, run_cli
 from pipeline.config import UIConfig, without_password
+from pipeline.database import analyze, sqlite_path
 from pipeline.pages import RUNS, RUNS_KEY, run_page, runs_page
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -125,6 +126,8 @@ def main(config: UIConfig, overrides: list[str]) -> None:
             if is_server(uri):
                 _print(without_password(uri).rstrip("/"), pages)
                 return
+            if database := sqlite_path(uri):
+                analyze(database)
             address, process = stack.enter_context(serve(uri, config.port))
         _print(address, pages)
         console.print("Ctrl-C ends it.")

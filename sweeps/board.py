@@ -165,7 +165,7 @@ def load_board(
         objectives=objectives,
         rows=rows,
         best=[runs[0] for runs in found],
-        total=sum(int(s.metrics["finished"] - s.metrics["pruned"]) for s in sweeps),
+        total=sum(map(_count_complete, sweeps, found)),
         images=images[1] if images else 0,
         is_paired=is_paired,
         confidence=confidence,
@@ -209,10 +209,14 @@ def compare(board: Board) -> list[Comparison]:
                 other=sweep.tags["sweep"],
                 gain=sign * (score.value - scores[0].value),
                 margin=None if error is None else quantile(board.confidence) * error,
-                trials=(int(board.sweeps[0].metrics["finished"]), int(sweep.metrics["finished"])),
+                trials=(_finished(board.sweeps[0]), _finished(sweep)),
             )
         )
     return found
+
+
+def _finished(sweep: Recorded) -> int:
+    return int(sweep.metrics.get("finished", 0))
 
 
 def _in_common(sweeps: Sequence[Recorded]) -> tuple[str, ...]:
@@ -235,6 +239,12 @@ def _complete(sweep: Recorded, objectives: Sequence[str], limit: int | None) -> 
         limit=limit if len(objectives) == 1 else None,
     )
     return [run for run in found if "trial" in run.tags]
+
+
+def _count_complete(sweep: Recorded, found: Sequence[Recorded]) -> int:
+    """What the sweep recorded last, which while it runs may be older than its trials."""
+    counts = sweep.metrics
+    return max(len(found), int(counts.get("finished", 0) - counts.get("pruned", 0)))
 
 
 def _why_none(sweep: Recorded) -> str:

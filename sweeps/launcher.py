@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import Trial, TrialState
 
+from pipeline import fast_imports
 from sweeps.config import NoPrunerConfig
 from sweeps.display import SHOWN, Display, Running, run_name
 from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
@@ -84,6 +85,7 @@ class Launcher:
     flights: dict[Future[Outcome], Flight] = field(default_factory=dict)
     overheads: list[float] = field(default_factory=list)
     broken: str = ""
+    is_prepared: bool = False
     next_look: float = 0.0
     next_publication: float = field(default_factory=lambda: time.monotonic() + PUBLISH_AFTER)
     recorded: int = 0
@@ -133,6 +135,8 @@ class Launcher:
             if not self.flights:
                 break
             self.record()
+            if not self.may_ask():
+                self.prepare()
             done, _ = wait(self.flights, timeout=TICK, return_when=FIRST_COMPLETED)
             for future in done:
                 free.append((time.monotonic(), False))
@@ -151,6 +155,15 @@ class Launcher:
             self.recorded = step
             self.study.set_user_attr("seconds", self.seconds())
             self.parent.log_metrics(self.progress.metrics, step=step)
+
+    def prepare(self) -> None:
+        """Imports what the end of the sweep needs, while the last trials run."""
+        if not self.is_prepared:
+            self.is_prepared = True
+            with fast_imports():
+                import sklearn.ensemble  # noqa: F401 (of the importances)
+
+                import sweeps.report  # noqa: F401
 
     def publish_early(self) -> None:
         """Spends a hundredth of the time on it, at most."""

@@ -3,12 +3,11 @@
 import contextlib
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,16 +74,17 @@ def open_ui(*arguments: str, folder: Path) -> Iterator[Served]:
 
 def _printed(process: subprocess.Popen[str]) -> Iterator[tuple[str, str]]:
     assert process.stdout is not None
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        if not select.select([process.stdout], [], [], 1.0)[0]:
-            continue
-        line = process.stdout.readline()
-        if not line or line.startswith("Ctrl-C"):
-            return
-        if found := re.fullmatch(r"(.+?) {2,}(http://127\.0\.0\.1:\d+/.*)\n", line):
-            yield found[1], found[2]
-    raise TimeoutError("the UI did not start")
+    watchdog = threading.Timer(PATIENCE, process.kill)
+    watchdog.start()
+    try:
+        for line in process.stdout:
+            if line.startswith("Ctrl-C"):
+                return
+            if found := re.fullmatch(r"(.+?) {2,}(http://127\.0\.0\.1:\d+/.*)\n", line):
+                yield found[1], found[2]
+    finally:
+        watchdog.cancel()
+    raise RuntimeError(f"the UI did not start: {process.communicate()[1]}")
 
 
 def open_browser(profile: Path) -> WebDriver:
