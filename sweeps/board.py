@@ -87,10 +87,12 @@ class Board:
             return "Rank 1 is the Pareto front: no other is better in one value and as good in all."
         if self.objectives[0] not in METRICS:
             return ""
+        if self.objectives[0] == "val_loss" and not self.is_paired:
+            return "Some predictions are not kept, so the noise is unknown: ranks may be chance."
         how = "paired" if self.is_paired else "binomial: some predictions are not kept"
         return (
             "An equal rank is no difference beyond the noise of the "
-            f"{self.images:,} validation images ({self.confidence:.0%}, {how}); "
+            f"{self.images:,} validation images ({100 * self.confidence:.6g}%, {how}); "
             "another seed adds noise of its own."
         )
 
@@ -196,10 +198,7 @@ def compare(board: Board) -> list[Comparison]:
     """Each further sweep of a board with the first one; of one objective."""
     (objective,) = board.objectives
     sign = 1 if OBJECTIVES[objective] == "maximize" else -1
-    best = [
-        next(row.run for row in board.rows if row.sweep == s.tags["sweep"]) for s in board.sweeps
-    ]
-    scores = [_score(run, objective) for run in best]
+    scores = [_score(run, objective) for run in board.best]
     found = []
     for sweep, score in zip(board.sweeps[1:], scores[1:], strict=True):
         error = standard_error(objective, scores[0], score)
@@ -255,7 +254,9 @@ def _why_none(sweep: Recorded) -> str:
     if not failed:
         return f"sweep.name={name}: no trial is complete yet; {pruned} were pruned."
     condition = f"tags.`mlflow.parentRunId` = '{sweep.run_id}' and attributes.status = 'FAILED'"
-    error = next(search(condition, limit=1)).tags.get("error", "no reason is recorded")
+    last = next(search(condition, limit=1), None)  # none where its run was deleted
+    error = last.tags.get("error") if last else None
+    error = error or "no reason is recorded"
     return f"sweep.name={name}: no trial is complete, {failed} failed; the last one: {error}"
 
 
@@ -326,7 +327,8 @@ def _differing(sweeps: Sequence[Recorded], runs: Sequence[Recorded]) -> list[str
         for name in names
         if len({run.params.get(name) for run in runs}) > 1 and not name.startswith(_ELSEWHERE)
     ]
-    return list(dict.fromkeys([*[name for name in searched if name in names], *differing]))
+    options = [each for name in searched for each in (name, f"{name}.name") if each in names]
+    return list(dict.fromkeys([*options, *differing]))
 
 
 def setting(run: Recorded, name: str) -> Value:

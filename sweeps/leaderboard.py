@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -28,13 +28,13 @@ from sweeps.board import (
     setting,
 )
 from sweeps.config import LeaderboardConfig
-from sweeps.display import duration, last_part, number, short
+from sweeps.display import duration, last_part, number, open_console, short
+from sweeps.trial import METRICS
 
 if TYPE_CHECKING:  # or MLflow is imported
     from pipeline.store import Recorded
 
 Record = dict[str, Any]
-
 
 # --- one sweep, or several ---------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def _cells(board: Board, row: Row) -> dict[str, str]:
         **({"sweep": row.sweep} if several else {}),
         "trial": str(row.trial),
         **dict(zip(board.objectives, map(number, row.values), strict=True)),
-        **({"behind": _behind(row)} if row.difference is not None else {}),
+        **({"behind": _behind(board, row)} if row.difference is not None else {}),
         "epochs": number(run.metrics["epoch"]),
         "parameters": number(run.metrics["parameters"]),
         "seconds": f"{run.metrics['fit_seconds']:.1f}",
@@ -73,11 +73,12 @@ def _heading(name: str) -> str:
     return last_part(name.removesuffix(".name"))
 
 
-def _behind(row: Row) -> str:
+def _behind(board: Board, row: Row) -> str:
     if not row.difference and not row.margin:
         return ""
-    margin = "" if row.margin is None else f" ±{row.margin:.4f}"
-    return f"{abs(row.difference or 0.0):.4f}{margin}"
+    is_noisy = row.margin is not None and board.objectives[0] in METRICS
+    margin = f" ±{row.margin:.4f}" if is_noisy else ""
+    return f"{number(abs(row.difference or 0.0))}{margin}"
 
 
 def board_records(board: Board) -> list[Record]:
@@ -104,12 +105,16 @@ def board_records(board: Board) -> list[Record]:
 def verdict(found: Comparison, board: Board) -> str:
     """Whether one sweep found something better than another, in a sentence."""
     better = "better" if found.gain >= 0 else "worse"
-    text = f"The best of {found.other} is {abs(found.gain):.4f} {better} than that of {found.one}"
+    gain = number(abs(found.gain))
+    text = f"The best of {found.other} is {gain} {better} than that of {found.one}"
     if found.margin is None:
         return f"{text}; how much of it is noise is unknown: predictions are not kept."
-    is_noise = abs(found.gain) <= found.margin
-    what = "within" if is_noise else "beyond"
-    text += f" (±{found.margin:.4f}): {what} the noise of the {board.images:,} validation images."
+    if board.objectives[0] in METRICS:
+        what = "within" if abs(found.gain) <= found.margin else "beyond"
+        text += (
+            f" (±{found.margin:.4f}): {what} the noise of the {board.images:,} validation images"
+        )
+    text += "."
     fewer, more = sorted(found.trials)
     if fewer == more:
         return text
@@ -204,12 +209,14 @@ def _write(config: LeaderboardConfig, shown: RenderableType, records: Sequence[R
         elif config.format == "csv":
             writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(records)
-        else:  # a file has no width at which to cut a table
-            width = None if file.isatty() else 200
-            Console(file=file, highlight=False, soft_wrap=True, markup=False, width=width).print(
-                shown
-            )
+            writer.writerows({name: _cell(value) for name, value in r.items()} for r in records)
+        else:
+            open_console(file).print(shown)
+
+
+def _cell(value: object) -> object:
+    """Of several objectives, what a list has is one text."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ TEMPLATES = Environment(
 COLORS = {"COMPLETE": "#1f77b4", "PRUNED": "#c7c7c7", "FAIL": "#d62728"}
 SLACK = timedelta(seconds=0.5)  # a worker starts a trial before its last one is told
 CONTOURS = 3  # parameters whose pairs are drawn as contours
+CONTOURED = 200  # trials in them: their size is the square of that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ def _target(objectives: Sequence[str]) -> Callable[[FrozenTrial], float] | None:
 
 
 def _results(study: optuna.Study, objectives: Sequence[str]) -> Iterator[Picture]:
-    if len(objectives) > 1:
+    if len(objectives) in (2, 3):  # more have no picture
         front = plots.plot_pareto_front(study, target_names=list(objectives))
         yield _picture("Pareto front", "Trials that no other beats in every objective.", front)
     figure = plots.plot_optimization_history(
@@ -162,10 +163,26 @@ def _space(
     caption = "A line a complete trial; drag along an axis to select."
     yield _picture("Parallel coordinates", caption, parallel)
     if len(names) > 1:
-        first = list(names[:CONTOURS])
-        contour = plots.plot_contour(study, first, target=target, target_name=objective)
-        caption = "Over pairs of the most important parameters, interpolated."
+        some = _some(study)
+        known = {name for trial in some.get_trials(deepcopy=False) for name in trial.params}
+        first = [name for name in names if name in known][:CONTOURS]
+        contour = plots.plot_contour(some, first, target=target, target_name=objective)
+        caption = (
+            "Over pairs of the most important parameters, interpolated between at most "
+            f"{CONTOURED} of the trials."
+        )
         yield _picture("Contours", caption, contour, 300 * len(first))
+
+
+def _some(study: optuna.Study) -> optuna.Study:
+    """A study with at most `CONTOURED` of the complete trials, the latest among them."""
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if len(complete) <= CONTOURED:
+        return study
+    step = -(-len(complete) // CONTOURED)
+    some = optuna.create_study(directions=study.directions)
+    some.add_trials(complete[::-1][::step])
+    return some
 
 
 def _picture(title: str, caption: str, figure: go.Figure, height: int = 420) -> Picture:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import optuna
 from coolname import generate_slug
 from optuna.trial import TrialState
-from rich.console import Console
 
 from pipeline import fast_imports
 from pipeline.compose import Terminated, run_cli
@@ -24,7 +23,7 @@ from pipeline.config import without_password
 from pipeline.ui import ui_command
 from sweeps import dry_run
 from sweeps.config import VARIANTS, SweepConfig
-from sweeps.display import Display, Progress, importance_table, number
+from sweeps.display import Display, Progress, importance_table, number, open_console
 from sweeps.executors import LocalExecutor
 from sweeps.launcher import Launcher
 from sweeps.leaderboard import board_table
@@ -50,10 +49,7 @@ if TYPE_CHECKING:  # or TensorFlow is imported
 
 TOP = 5  # trials shown at the end
 
-# A file has no width at which to cut a table.
-console = Console(
-    highlight=False, soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 200
-)
+console = open_console()
 
 
 class SweepFailedError(OSError):
