@@ -7,7 +7,7 @@ reads (MLflow 3.17: `ExperimentPageUIState`, `RunsChartsCardConfig`).
 import base64
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -37,7 +37,7 @@ class View:
     order_by: str = "attributes.start_time"
     ascending: bool = False
     columns: Sequence[str]
-    charts: Iterable[Chart] = ()
+    charts: Sequence[Chart] = ()
     title: str = ""
 
     @property
@@ -52,7 +52,7 @@ class View:
             "columnWidths": dict.fromkeys(self.columns, WIDE),
             "runsHiddenMode": "SHOW_ALL",
         }
-        if charts := list(self.charts):
+        if self.charts:
             state["compareRunCharts"] = [
                 {
                     "uuid": f"chart{number}",
@@ -61,7 +61,7 @@ class View:
                     "isGenerated": False,
                     **chart,
                 }
-                for number, chart in enumerate(charts)
+                for number, chart in enumerate(self.charts)
             ]
             section = {"uuid": _SECTION, "name": self.title, "display": True, "isReordered": False}
             state["compareRunSections"] = [{**section, "columns": 2}]

@@ -28,7 +28,7 @@ from pipeline.pages import (
     runs_page,
     scatter,
 )
-from sweeps.config import OBJECTIVES
+from sweeps.config import OBJECTIVES, VARIANTS
 from sweeps.display import Progress
 from sweeps.plan import Plan
 from sweeps.space import Parameter
@@ -67,8 +67,8 @@ def open_parent(plan: Plan, study: optuna.Study, store: Store, data: Data, comma
 
 
 def _settings(plan: Plan) -> Mapping[str, Any]:
-    """What all trials share: a value that is searched is not the sweep's."""
-    settings = asdict(plan.config)
+    """What all trials share: a value that is searched is not the sweep's; what is fixed is."""
+    settings = asdict(plan.composer(plan.space.fixed))
     for parameter in plan.space.parameters:
         *sections, last = parameter.name.split(".")
         inside = settings
@@ -175,13 +175,14 @@ def view(plan: Plan, run_id: str) -> View:
     values = [metric(METRICS.get(name, name)) for name in objectives]
     height = metric(CHARTED.get(objectives[0], objectives[0]))
     progress = [metric("best_val_accuracy"), metric("epoch"), metric("parameters")]
-    columns = [*values, *map(_setting, parameters), *progress, attribute("Duration")]
+    settings = [_setting(parameter) for parameter in parameters if _has_column(parameter)]
+    columns = [*values, *settings, *progress, attribute("Duration")]
     return View(
         condition=f"tags.`mlflow.parentRunId` = '{run_id}'",
         order_by=values[0],
         ascending=OBJECTIVES[objectives[0]] == "minimize",
         columns=list(dict.fromkeys(columns)),
-        charts=_charts(parameters, objectives, height),
+        charts=list(_charts(parameters, objectives, height)),
         title=plan.config.data.name,
     )
 
@@ -189,6 +190,7 @@ def view(plan: Plan, run_id: str) -> View:
 def _charts(
     parameters: Sequence[Parameter], objectives: Sequence[str], height: str
 ) -> Iterator[Chart]:
+    parameters = [parameter for parameter in parameters if _has_column(parameter)]
     axes = [_axis(parameter) for parameter in parameters]
     yield parallel_coordinates(axes, height)
     if objectives[0] in METRICS:
@@ -204,6 +206,11 @@ def _charts(
 
 def _is_number(parameter: Parameter) -> bool:
     return not isinstance(parameter.distribution, CategoricalDistribution)
+
+
+def _has_column(parameter: Parameter) -> bool:
+    """Of the groups, those have one whose options record their name."""
+    return "." in parameter.name or parameter.name in VARIANTS
 
 
 def _setting(parameter: Parameter) -> str:

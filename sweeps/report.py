@@ -146,7 +146,8 @@ def _results(study: optuna.Study, objectives: Sequence[str]) -> Iterator[Picture
     figure = plots.plot_optimization_history(
         study, target=_target(objectives), target_name=objectives[0]
     )
-    caption = f"{objectives[0]} of each complete trial, and the best so far."
+    so_far = "" if len(objectives) > 1 else ", and the best so far"  # as Optuna draws it
+    caption = f"{objectives[0]} of each complete trial{so_far}."
     yield _picture("History", caption, figure)
 
 
@@ -160,7 +161,7 @@ def _space(
     parallel = plots.plot_parallel_coordinate(
         study, list(names), target=target, target_name=objective
     )
-    caption = "A line a complete trial; drag along an axis to select."
+    caption = "A line a complete trial."
     yield _picture("Parallel coordinates", caption, parallel)
     if len(names) > 1:
         some = _some(study)

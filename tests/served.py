@@ -8,13 +8,15 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from selenium import webdriver
+from selenium.common.exceptions import JavascriptException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 # Without them a browser in a closed network spends its time on connections that are refused.
@@ -96,5 +98,24 @@ def open_browser(profile: Path) -> WebDriver:
 
 
 def sees(browser: WebDriver, *texts: str) -> bool:
-    body = browser.find_element(By.TAG_NAME, "body")
-    return all(text in body.text for text in texts)
+    body = text_of(browser, "body")
+    return all(text in body for text in texts)
+
+
+def text_of(browser: WebDriver, path: str) -> str:
+    """What is to be read in an element; WebDriver's own way takes seconds on pages of charts."""
+    element = browser.find_element(By.CSS_SELECTOR, path)
+    return str(browser.execute_script("return arguments[0].innerText", element))
+
+
+def wait(browser: WebDriver, holds: Callable[[WebDriver], object]) -> None:
+    """Waits until something holds of a page that is still being drawn."""
+    meanwhile = (StaleElementReferenceException, JavascriptException)
+    WebDriverWait(browser, 60, poll_frequency=0.1, ignored_exceptions=meanwhile).until(holds)
+
+
+def visit(browser: WebDriver, address: str, *texts: str) -> None:
+    """Opens a page and waits until it shows some texts."""
+    browser.get("about:blank")  # or another page of the UI stays, until the next is drawn
+    browser.get(address)
+    wait(browser, lambda driver: sees(driver, *texts))

@@ -13,6 +13,8 @@ from typing import Any
 
 import mlflow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
@@ -63,12 +65,13 @@ def row(
     difference: float | None = None,
     margin: float | None = None,
     seconds: float = 2.5,
+    parameters: float = 669706.0,
     **settings: str,
 ) -> Row:
     dotted = {"units": "model.hidden_units", "rate": "optimizer.learning_rate"}
     named = {dotted.get(name, f"{name}.name"): text for name, text in settings.items()}
     tags = {"sweep": of, "trial": str(trial), "command": f"run, as trial {trial}"}
-    metrics = {"epoch": 2.0, "parameters": 669706.0, "fit_seconds": seconds}
+    metrics = {"epoch": 2.0, "parameters": parameters, "fit_seconds": seconds}
     found = recorded(f"run{trial}", tags, params=named, metrics=metrics)
     return Row(rank=rank, run=found, values=values, difference=difference, margin=margin)
 
@@ -118,12 +121,15 @@ def test_the_top_trials_are_rows_with_their_values_and_settings() -> None:
     assert headings.split()[4:7] == ["epochs", "parameters", "seconds"]
     assert headings.split()[7:] == ["hidden_units", "learning_rate", "optimizer"]
     assert rows[0].split() == ["1", "7", "0.9877", "2", "669,706", "2.5", "512", "0.00123"]
-    assert rows[1].split() == ["2", "12", "0.9000", "0.0876", "±0.0200", "2", "669,706",
+    assert rows[1].split() == ["2", "12", "0.9000", "0.0877", "±0.0200", "2", "669,706",
                                "70.0", "64", "adam"]  # fmt: skip
 
 
 def test_a_front_has_a_column_for_each_objective() -> None:
-    rows = row(3, 0.9, 5000.0), row(4, 0.8, 9000.0, rank=None)
+    rows = (
+        row(3, 0.9, 5000.0, parameters=5000.0),
+        row(4, 0.8, 9000.0, parameters=9000.0, rank=None),
+    )
     objectives = ("val_accuracy", "parameters")
     board = board_of(*rows, objectives=objectives, settings=())
 
@@ -167,9 +173,13 @@ def test_a_row_tells_how_far_it_is_behind_and_how_sure_that_is(
 
 
 def test_a_count_is_behind_by_a_count() -> None:
-    rows = row(1, 650.0, difference=0.0, margin=0.0), row(2, 6150.0, difference=5500.0, margin=0.0)
+    board = board_of(
+        row(1, 650.0, difference=0.0, margin=0.0, parameters=650.0),
+        row(2, 6150.0, rank=2, difference=5500.0, margin=0.0, parameters=6150.0),
+        objectives=("parameters",),
+    )
 
-    *_, line = rendered(board_table(board_of(*rows, objectives=("parameters",)), "The best"))
+    *_, line = rendered(board_table(board, "The best"))
 
     assert line.split()[2:4] == ["6,150", "5,500"]
     assert "±" not in line
@@ -265,6 +275,18 @@ def test_the_verdict_says_where_the_noise_is_unknown() -> None:
         "The best of wide is 0.0300 better than that of narrow; how much of it is noise is "
         "unknown: predictions are not kept."
     )
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.integers(1, 99), st.integers(1, 99))
+def test_every_verdict_is_consistent(gain: float, margin: float, first: int, second: int) -> None:
+    found = Comparison(one="narrow", other="wide", gain=gain, margin=margin, trials=(first, second))
+
+    text = verdict(found, board_of(FIRST))
+
+    assert ("beyond" in text) is (abs(gain) > margin)
+    assert ("better" in text) is (gain >= 0)
+    assert ("worse" in text) is (gain < 0)
+    assert ("by luck" in text) is (first != second)
 
 
 @pytest.mark.parametrize(("trials", "told"), [((8, 30), "30 trials against 8"),
