@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -157,6 +158,7 @@ class Recorded:
         params: Settings by dotted name, spelt as in YAML.
         metrics: The last value of each.
         tags: All of them.
+        artifacts: Address of the folder of its files.
         validation: Digest and number of the images it was judged on, if any.
     """
 
@@ -170,6 +172,7 @@ class Recorded:
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
+    artifacts: str
     validation: tuple[str, int] | None
 
 
@@ -273,6 +276,7 @@ def _recorded(run: mlflow.entities.Run) -> Recorded:
         params=dict(data.params),
         metrics=dict(data.metrics),
         tags=tags,
+        artifacts=info.artifact_uri,
         validation=_validation(run),
     )
 
@@ -285,17 +289,29 @@ def _validation(run: mlflow.entities.Run) -> tuple[str, int] | None:
     return None
 
 
-def read_predictions(run_id: str) -> Predictions | None:
+def read_predictions(run: Recorded) -> Predictions | None:
     """What `Run.log_predictions` recorded; None where nothing was, or it was deleted or damaged."""
-    with suppress(*STORE_ERRORS, *_DAMAGED), tempfile.TemporaryDirectory() as folder:
-        path = mlflow.artifacts.download_artifacts(
-            run_id=run_id, artifact_path=PREDICTIONS, dst_path=folder
+    with (
+        suppress(*STORE_ERRORS, *_DAMAGED),
+        _artifact(run, PREDICTIONS) as path,
+        path.open("rb") as file,  # NumPy leaves open what it opens and cannot read
+        np.load(file) as arrays,
+    ):
+        return Predictions(
+            labels=arrays["label"], classes=arrays["prediction"], losses=arrays["loss"]
         )
-        with Path(path).open("rb") as file, np.load(file) as arrays:  # NumPy leaves it open
-            return Predictions(
-                labels=arrays["label"], classes=arrays["prediction"], losses=arrays["loss"]
-            )
     return None
+
+
+@contextmanager
+def _artifact(run: Recorded, name: str) -> Iterator[Path]:
+    """A file of a run; from a server, a copy of it."""
+    if run.artifacts.startswith("file:"):
+        yield Path(local_file_uri_to_path(run.artifacts)) / name  # type: ignore[no-untyped-call]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"{run.artifacts}/{name}"
+        yield Path(mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=folder))
 
 
 def save_view(experiment_id: str, key: str, view: View) -> None:

@@ -311,7 +311,7 @@ def _score(run: Recorded, objective: str) -> Score:
     return Score(
         value=_values(run, [objective])[0],
         images=run.validation[1] if run.validation else 0,
-        read=partial(read_predictions, run.run_id),
+        read=partial(read_predictions, run),
     )
 
 

@@ -43,8 +43,10 @@ def board_table(board: Board, title: str) -> Table:
     """A row a run."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     rows = [_cells(board, row) for row in board.rows]
-    for name in rows[0]:
-        table.add_column(_heading(name), justify="left" if name == "sweep" else "right")
+    short_names = [_heading(name) for name in rows[0]]
+    for name, heading in zip(rows[0], short_names, strict=True):
+        shown = heading if short_names.count(heading) == 1 else name
+        table.add_column(shown, justify="left" if name == "sweep" else "right")
     for row, cells in zip(board.rows, rows, strict=True):
         table.add_row(*cells.values(), style="bold" if row.rank == 1 else None)
     return table
@@ -203,7 +205,7 @@ def _write(config: LeaderboardConfig, shown: RenderableType, records: Sequence[R
     with ExitStack() as stack:
         file: IO[str] = sys.stdout
         if config.out:
-            file = stack.enter_context(Path(config.out).open("w", encoding="utf-8"))
+            file = stack.enter_context(_open(config.out))
         if config.format == "json":
             file.write(json.dumps(records, indent=2) + "\n")
         elif config.format == "csv":
@@ -212,6 +214,13 @@ def _write(config: LeaderboardConfig, shown: RenderableType, records: Sequence[R
             writer.writerows({name: _cell(value) for name, value in r.items()} for r in records)
         else:
             open_console(file).print(shown)
+
+
+def _open(path: str) -> IO[str]:
+    try:
+        return Path(path).open("w", encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"out={path} cannot be written: {error.strerror}.") from error
 
 
 def _cell(value: object) -> object:

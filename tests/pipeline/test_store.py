@@ -317,7 +317,7 @@ def test_a_run_without_validation_images_was_judged_on_none(
 
 
 def predictions_of(run_id: str) -> Predictions:
-    found = read_predictions(run_id)
+    found = read_predictions(read_run(run_id))
     assert found is not None
     return found
 
@@ -382,11 +382,16 @@ def test_a_class_that_was_held_impossible_has_a_finite_loss(opened: Store) -> No
 
 
 def test_a_run_that_recorded_no_predictions_has_none(opened: Store) -> None:
-    assert read_predictions(create_run(opened, "bare", {}).run_id) is None
+    assert read_predictions(read_run(create_run(opened, "bare", {}).run_id)) is None
 
 
-def test_a_run_that_is_not_there_has_no_predictions(opened: Store) -> None:
-    assert read_predictions("0123abcd") is None
+@pytest.mark.parametrize("artifacts", ["file:///nowhere", "mlflow-artifacts:/0/1/artifacts"])
+def test_a_run_whose_files_are_out_of_reach_has_no_predictions(
+    opened: Store, artifacts: str
+) -> None:
+    run = read_run(create_run(opened, "bare", {}).run_id)
+
+    assert read_predictions(replace(run, artifacts=artifacts)) is None
 
 
 def cut_short(path: Path) -> None:
@@ -424,7 +429,7 @@ def test_predictions_that_were_deleted_or_damaged_are_none(
 
     harm(path)
 
-    assert read_predictions(run.run_id) is None
+    assert read_predictions(read_run(run.run_id)) is None
 
 
 # --- views -------------------------------------------------------------------------------

@@ -532,6 +532,7 @@ def recorded(**params: str) -> Recorded:
         params=params,
         metrics={},
         tags={},
+        artifacts="file:///nowhere",
         validation=None,
     )
 
