@@ -16,6 +16,7 @@ from urllib.parse import quote, urlencode
 _KIND = {"workflowType": "machine_learning"}
 _SECTION = "charts"
 WIDE = 150  # pixels of a column: the headings are long
+NAME, NAME_WIDE = "attributes.`Run Name`", 330  # or the names of trials are cut
 
 Chart = Mapping[str, Any]
 
@@ -48,8 +49,8 @@ class View:
             "orderByKey": self.order_by,
             "orderByAsc": self.ascending,
             "selectedColumns": list(self.columns),
-            "columnOrder": list(self.columns),
-            "columnWidths": dict.fromkeys(self.columns, WIDE),
+            "columnOrder": [NAME, *self.columns],  # one that is not in it has no width
+            "columnWidths": {NAME: NAME_WIDE, **dict.fromkeys(self.columns, WIDE)},
             "runsHiddenMode": "SHOW_ALL",
         }
         if self.charts:

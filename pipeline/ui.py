@@ -134,7 +134,7 @@ def main(config: UIConfig, overrides: list[str]) -> None:
         try:
             process.wait()
         except Terminated:
-            raise
+            raise Terminated("MLflow's UI has ended.") from None
         except KeyboardInterrupt:
             return
         raise ConnectionError("MLflow's UI has ended by itself.")

@@ -22,6 +22,7 @@ from sweeps.leaderboard import board_table
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
 )
+SHADE = "#e5ecf6"  # behind points and lines the palest of which are white
 COLORS = {"COMPLETE": "#1f77b4", "PRUNED": "#c7c7c7", "FAIL": "#d62728"}
 SLACK = timedelta(seconds=0.5)  # a worker starts a trial before its last one is told
 CONTOURS = 3  # parameters whose pairs are drawn as contours
@@ -157,10 +158,14 @@ def _space(
     """What came out where in the search space; the most important names come first."""
     target, objective = _target(objectives), objectives[0]
     slices = plots.plot_slice(study, list(names), target=target, target_name=objective)
+    slices.update_layout(plot_bgcolor=SHADE)
+    slices.update_xaxes(dtick="D2", selector={"type": "log"})  # or the labels overlap
     yield _picture("Slices", f"{objective} over each parameter alone.", slices)
     parallel = plots.plot_parallel_coordinate(
         study, list(names), target=target, target_name=objective
     )
+    parallel.update_layout(plot_bgcolor=SHADE)
+    parallel.update_traces(opacity=1.0)
     caption = "A line a complete trial."
     yield _picture("Parallel coordinates", caption, parallel)
     if len(names) > 1:

@@ -96,9 +96,9 @@ def test_a_view_decodes_to_what_it_was_made_of() -> None:
 
     assert state["searchFilter"] == "tags.a = 'é'"
     assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`val_loss`", True)
-    assert state["selectedColumns"] == state["columnOrder"]
-    assert state["columnOrder"] == ["metrics.`val_loss`", "params.`model.l2`", columns[2]]
-    assert state["columnWidths"].keys() == set(columns)
+    assert state["selectedColumns"] == ["metrics.`val_loss`", "params.`model.l2`", columns[2]]
+    assert state["columnOrder"] == ["attributes.`Run Name`", *state["selectedColumns"]]
+    assert state["columnWidths"].keys() == set(state["columnOrder"])
 
 
 def test_a_view_without_charts_leaves_them_to_the_ui() -> None:
