@@ -252,7 +252,9 @@ def charts(served: Served, window: WebDriver) -> dict[str, dict[str, Any]]:
         return found[:8]
 
     def is_drawn(chart: dict[str, Any]) -> bool:
-        return bool(chart["canvases"] or chart["points"])
+        is_contour = chart["title"].count(" vs. ") == 2
+        points = chart["points"] >= 8 and chart["heights"] >= is_contour
+        return bool(chart["canvases"]) or points
 
     visit(window, served.pages["charts of the trials"], "Parallel Coordinates")
     wait(window, lambda driver: sum(map(is_drawn, first(driver))) == 8)
