@@ -184,6 +184,7 @@ def run_cli(
     schema: type[T],
     task: Callable[[T, list[str]], None],
     variants: Variants = VARIANTS,
+    interrupted: str = "Interrupted: a run that was under way is kept, as KILLED.",
 ) -> None:
     """Composes `conf/<config_name>.yaml` with the command line and calls `task`.
 
@@ -196,6 +197,7 @@ def run_cli(
         task: Receives the configuration and the overrides as they were given; called once a job
             of a multirun.
         variants: As in `to_typed`.
+        interrupted: Said of an interruption that says nothing itself.
     """
     tracebacks = bool(os.environ.get("HYDRA_FULL_ERROR"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way and exits
@@ -214,13 +216,13 @@ def run_cli(
             shown = without_password(shlex.join(overrides))
             log.info("job %d: %s", HydraConfig.get().job.num, shown)
         try:
-            with _errors_in_one_line(config_name, tracebacks):
+            with _errors_in_one_line(config_name, tracebacks, interrupted):
                 task(to_typed(cfg, schema, variants), overrides)
         except Reported as error:
             failed.append(error)  # raised, Hydra would add lines of its own
 
     atexit.register(gc.freeze)  # or the interpreter collects all it has at its end: 0.8 s
-    with _errors_in_one_line(config_name, tracebacks):
+    with _errors_in_one_line(config_name, tracebacks, interrupted):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     if failed:
         sys.exit(1)
@@ -238,12 +240,11 @@ def _scratch_dir() -> str:
 
 
 @contextmanager
-def _errors_in_one_line(config_name: str, tracebacks: bool) -> Iterator[None]:
+def _errors_in_one_line(config_name: str, tracebacks: bool, interrupted: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interruption:
-        done = "Interrupted: a run that was under way is kept, as KILLED."
-        print(str(interruption) or done, file=sys.stderr)
+        print(str(interruption) or interrupted, file=sys.stderr)
         terminated = isinstance(interruption, Terminated)
         sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     except BrokenPipeError:  # of `| head`: its reader has seen enough

@@ -6,17 +6,22 @@ reads (MLflow 3.17: `ExperimentPageUIState`, `RunsChartsCardConfig`).
 
 import base64
 import json
+import shlex
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from pipeline.config import without_password
+
 # Without it, the UI opens on its pages for language models.
 _KIND = {"workflowType": "machine_learning"}
 _SECTION = "charts"
 WIDE = 150  # pixels of a column: the headings are long
 NAME, NAME_WIDE = "attributes.`Run Name`", 330  # or the names of trials are cut
+
+CHOICE = {"tracking", "tracking.uri", "tracking.directory"}  # overrides that choose a store
 
 Chart = Mapping[str, Any]
 
@@ -161,6 +166,12 @@ def compare_page(experiment_id: str, run_ids: Sequence[str]) -> str:
     given = {"runs": list(run_ids), "experiments": [experiment_id]}
     packed = {name: json.dumps(ids, separators=(",", ":")) for name, ids in given.items()}
     return _page("compare-runs", **packed)
+
+
+def ui_command(run_id: str, overrides: list[str]) -> str:
+    """The command that shows a run of the store that a command line chose."""
+    chosen = [each for each in overrides if each.lstrip("+").partition("=")[0] in CHOICE]
+    return without_password(shlex.join(["python", "-m", "pipeline.ui", f"run={run_id}", *chosen]))
 
 
 def _page(path: str, **query: str) -> str:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pipeline import start_libraries
 from pipeline.compose import run_cli
 from pipeline.config import RunConfig, without_password
-from pipeline.ui import ui_command
+from pipeline.pages import ui_command
 
 if TYPE_CHECKING:  # or TensorFlow is imported
     import keras
@@ -81,7 +81,7 @@ def execute_run(
     from pipeline.data import load
     from pipeline.evaluate import evaluate
     from pipeline.model import build_mlp, build_optimizer, check_memory
-    from pipeline.tracking import describe, start_run
+    from pipeline.tracking import run_note, start_run
     from pipeline.train import initialize, steps_per_epoch, train
 
     initialize(threads=config.training.threads, seed=config.seed)
@@ -134,7 +134,7 @@ def execute_run(
         if run_id:
             run.delete_models()
         run.log_model(model, data, {name: metrics[name] for name in metrics.keys() - best.keys()})
-        run.describe(describe(config, data, command, *_outcome(metrics)))
+        run.describe(run_note(config, data, command, *_outcome(metrics)))
     return RunResult(
         run_id=run.run_id,
         name=run.name,

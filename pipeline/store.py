@@ -259,6 +259,8 @@ def read_run(run_id: str) -> Recorded:
     try:
         return _recorded(mlflow.MlflowClient().get_run(run_id))
     except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         raise ValueError(f"no run has the id {run_id}.") from error
 
 
@@ -285,7 +287,7 @@ def _validation(run: mlflow.entities.Run) -> tuple[str, int] | None:
     for given in run.inputs.dataset_inputs if run.inputs else ():
         contexts = [tag.value for tag in given.tags if tag.key == MLFLOW_DATASET_CONTEXT]
         if contexts == ["validation"] and given.dataset.profile:
-            return given.dataset.digest, json.loads(given.dataset.profile)["num_rows"]
+            return given.dataset.digest, json.loads(given.dataset.profile).get("num_rows", 0)
     return None
 
 

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,7 +41,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 
 from pipeline.config import RunConfig, flatten, without_password
 from pipeline.endings import DivergedError, StopRun
@@ -115,6 +115,12 @@ class Run:
         now = int(time.time() * 1000)
         batch = [Metric(name, value, now, step) for name, value in metrics.items()]
         mlflow.MlflowClient().log_batch(self.run_id, metrics=batch, synchronous=True)
+
+    def adopt(self, run_ids: Iterable[str]) -> None:
+        """Nests runs under this one; of those that were deleted it does nothing."""
+        for run_id in filter(None, run_ids):
+            with suppress(MlflowException):
+                mlflow.MlflowClient().set_tag(run_id, MLFLOW_PARENT_RUN_ID, self.run_id)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -240,14 +246,14 @@ def create_run(
     """Creates a run, RUNNING from now on; under a parent, the UI nests it there."""
     shown = {key: without_password(str(value)) for key, value in tags.items()}
     if parent:
-        shown["mlflow.parentRunId"] = parent.run_id
+        shown[MLFLOW_PARENT_RUN_ID] = parent.run_id
     created = mlflow.MlflowClient().create_run(store.experiment_id, tags=shown, run_name=name)
     return Run(run_id=created.info.run_id, name=name, store=store)
 
 
 def find_run(store: Store, tags: Mapping[str, object], *, parent: Run | None = None) -> Run | None:
     """The run of the experiment with these tags, if there is one; one that was deleted is not."""
-    wanted = dict(tags) | ({"mlflow.parentRunId": parent.run_id} if parent else {})
+    wanted = dict(tags) | ({MLFLOW_PARENT_RUN_ID: parent.run_id} if parent else {})
     condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in wanted.items())
     found = mlflow.MlflowClient().search_runs([store.experiment_id], condition, max_results=1)
     if not found:
@@ -279,7 +285,7 @@ def start_run(
         mlflow.start_run(
             run_id=run.run_id, nested=True, log_system_metrics=config.tracking.system_metrics
         )
-        log_inputs(run, config, data, command, note=describe(config, data, command))
+        log_inputs(run, config, data, command, note=run_note(config, data, command))
         yield run
         status = RunStatus.FINISHED
     except (KeyboardInterrupt, StopRun):
@@ -289,7 +295,7 @@ def start_run(
         failure = error
         raise
     finally:
-        _end(run, status, failure, partial(describe, config, data, command))
+        _end(run, status, failure, partial(run_note, config, data, command))
 
 
 def log_inputs(
@@ -410,7 +416,7 @@ def run_name(config: RunConfig) -> str:
     )
 
 
-def describe(config: RunConfig, data: Data, command: str, *outcome: str) -> str:
+def run_note(config: RunConfig, data: Data, command: str, *outcome: str) -> str:
     """What a run is, what came out, how to repeat it: in Markdown, for the UI.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -28,13 +27,8 @@ HOST = "127.0.0.1"
 LATEST = 5  # runs whose addresses are printed
 PATIENCE = 120  # seconds for MLflow's server to start
 _LINK = re.compile(r"\[([^]]+)\]\((#[^)]+)\)")  # in the Markdown that describes a run
-CHOICE = {"tracking", "tracking.uri", "tracking.directory"}  # overrides that choose a store
-
-
-def ui_command(run_id: str, overrides: list[str]) -> str:
-    """The command that shows a run of the store that a command line chose."""
-    chosen = [each for each in overrides if each.lstrip("+").partition("=")[0] in CHOICE]
-    return without_password(shlex.join(["python", "-m", "pipeline.ui", f"run={run_id}", *chosen]))
+# A server and what it starts, until its input is closed: as ours is, however we end.
+_UNTIL_CLOSED = '("$@"; kill -KILL 0) & cat >/dev/null; kill -KILL 0'
 
 
 def _pages(run_id: str | None) -> Iterator[tuple[str, str]]:
@@ -73,12 +67,13 @@ def serve(uri: str, port: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     options = ["--host", HOST, "--port", str(port), "--workers", "1"]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "ui", *options],
+            ["sh", "-c", _UNTIL_CLOSED, "sh", sys.executable, "-m", "mlflow", "ui", *options],
             env={
                 **os.environ,
                 "MLFLOW_BACKEND_STORE_URI": uri,  # where other users do not see its password
                 "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # 15 processes, 2 GiB otherwise
             },
+            stdin=subprocess.PIPE,
             stdout=said,
             stderr=said,
             start_new_session=True,  # Ctrl-C is ours to pass on
@@ -91,8 +86,8 @@ def serve(uri: str, port: int) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
                 raise ConnectionError(f"MLflow's UI did not start: {without_password(last)}")
             yield f"http://{HOST}:{port}", process
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # at once: a download under way would hold it up
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
@@ -129,9 +124,9 @@ def main(config: UIConfig, overrides: list[str]) -> None:
             if database := sqlite_path(uri):
                 analyze(database)
             address, process = stack.enter_context(serve(uri, config.port))
-        _print(address, pages)
-        console.print("Ctrl-C ends it.")
         try:
+            _print(address, pages)
+            console.print("Ctrl-C ends it.")
             process.wait()
         except Terminated:
             raise Terminated("MLflow's UI has ended.") from None
@@ -147,4 +142,4 @@ def _print(address: str, pages: list[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    run_cli("ui", UIConfig, main)
+    run_cli("ui", UIConfig, main, interrupted="MLflow's UI was not started.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from sweeps.trial import METRICS
 if TYPE_CHECKING:  # or MLflow is imported
     from pipeline.store import Recorded
 
+SHOWN = ("epoch", "parameters", "fit_seconds")  # metrics; a run without is not one of ours
 CONFIDENCE = 0.95  # of what a sweep itself prints
 # Parameters of a run that tell where it ran and was recorded, not what it was.
 _ELSEWHERE = ("data.path", "tracking.")
@@ -85,8 +86,10 @@ class Board:
         """What the ranks mean, in words."""
         if len(self.objectives) > 1:
             return "Rank 1 is the Pareto front: no other is better in one value and as good in all."
-        if self.objectives[0] not in METRICS:
+        if self.objectives[0] == "parameters":
             return ""
+        if self.objectives[0] == "fit_seconds":
+            return "Each time was measured once, so its noise is unknown: ranks may be chance."
         if self.objectives[0] == "val_loss" and not self.is_paired:
             return "Some predictions are not kept, so the noise is unknown: ranks may be chance."
         how = "paired" if self.is_paired else "binomial: some predictions are not kept"
@@ -120,14 +123,20 @@ def _find_sweep(name: str) -> Recorded:
         return run
     known = dict.fromkeys(run.tags["sweep"] for run in search("tags.kind = 'sweep'"))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the latest are {_few(known)}."
     if not known:
         hint = "no sweep is recorded here."
     raise UnrankedError(f"sweep.name={name}: no such sweep; {hint}")
 
 
+def _few(names: Iterable[str]) -> str:
+    return ", ".join(itertools.islice(names, 5))
+
+
 def objectives_of(sweep: Recorded) -> tuple[str, ...]:
-    return tuple(sweep.tags["objective"].split(", "))
+    """What the sweep optimizes; one that was recorded without the tag has it as a parameter."""
+    given = sweep.tags.get("objective") or sweep.params.get("sweep.objective", "val_accuracy")
+    return tuple(given.split(", "))
 
 
 def searched_in(sweep: Recorded) -> list[str]:
@@ -154,7 +163,7 @@ def load_board(
     if empty := [sweep for sweep, runs in zip(sweeps, found, strict=True) if not runs]:
         raise UnrankedError(_why_none(empty[0]))
     runs = list(itertools.chain.from_iterable(found))
-    judged = {run.validation for run in runs}
+    judged = {run.validation for run in runs if run.validation}
     if len(judged) > 1:
         raise UnrankedError(
             f"sweep.name=[{','.join(sweep.tags['sweep'] for sweep in sweeps)}]: they were judged "
@@ -237,7 +246,14 @@ def _complete(sweep: Recorded, objectives: Sequence[str], limit: int | None) -> 
         order_by=[f"metrics.`{metric}` {order}", "attributes.start_time ASC"],
         limit=limit if len(objectives) == 1 else None,
     )
-    return [run for run in found if "trial" in run.tags]
+    needed = {*(METRICS.get(name, name) for name in objectives), *SHOWN}
+    return [
+        run
+        for run in found
+        if "trial" in run.tags
+        and needed <= run.metrics.keys()
+        and (None in (run.validation, sweep.validation) or run.validation == sweep.validation)
+    ]
 
 
 def _count_complete(sweep: Recorded, found: Sequence[Recorded]) -> int:
@@ -289,7 +305,7 @@ def _rank(
     shown = ordered[:limit]
     scores = [_score(run, objective) for run in shown]
     best = scores[0]
-    errors = [standard_error(objective, best, score) for score in scores]
+    errors = [0.0, *(standard_error(objective, best, score) for score in scores[1:])]
     rows = [
         Row(
             rank=rank,

@@ -377,6 +377,7 @@ class ChosenConfig:
     name: Any
 
     def __post_init__(self) -> None:
+        check(self.name != [], "sweep.name", "a name, a list of names or null", self.name)
         for name in self.names:
             check_name("sweep.name", name)
         check(len(set(self.names)) == len(self.names), "sweep.name", "without repeats", self.name)

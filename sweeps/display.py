@@ -211,6 +211,9 @@ def number(value: float) -> str:
 
 
 def short(value: Value) -> str:
+    """Three digits of a fraction; else as on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -219,7 +222,7 @@ def settings(values: Mapping[str, Value]) -> str:
     return " ".join(f"{last_part(name)}={short(value)}" for name, value in values.items())
 
 
-def run_name(number: int, values: Mapping[str, Value]) -> str:
+def trial_name(number: int, values: Mapping[str, Value]) -> str:
     """Name of a trial's run, short enough for the UI's list."""
     parts = (
         f"{SHORT.get(last_part(name), last_part(name))}={_brief(value)}"
@@ -231,7 +234,7 @@ def run_name(number: int, values: Mapping[str, Value]) -> str:
 def _brief(value: Value) -> str:
     """Two digits of a fraction: `8.1e-4`."""
     if not isinstance(value, float):
-        return str(value)
+        return short(value)
     if not value or abs(value) >= 0.001:
         return f"{value:.2g}"
     digits, _, exponent = f"{value:.1e}".partition("e")

@@ -17,7 +17,7 @@ from optuna.trial import Trial, TrialState
 
 from pipeline import fast_imports
 from sweeps.config import NoPrunerConfig
-from sweeps.display import SHOWN, Display, Running, run_name
+from sweeps.display import SHOWN, Display, Running, trial_name
 from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
 from sweeps.parent import logarithms
 from sweeps.plan import Plan
@@ -143,7 +143,7 @@ class Launcher:
                 flight = self.flights.pop(future)
                 if self.settle(flight, future):
                     waiting.append((flight.trial, flight.values))
-            if time.monotonic() >= self.next_publication:
+            if time.monotonic() >= self.next_publication and not self.must_stop():
                 self.publish_early()
             if self.display.is_live and time.monotonic() >= self.next_look:
                 self.look()
@@ -267,7 +267,7 @@ class Launcher:
         """The trial's one run: that of an earlier try, or a new one."""
         from pipeline.tracking import Run, create_run, find_run
 
-        name = run_name(trial.number, values)
+        name = trial_name(trial.number, values)
         if run_id := trial.user_attrs.get("run_id"):
             run = Run(run_id=run_id, name=name, store=self.parent.store)
             if run.status != "DELETED":

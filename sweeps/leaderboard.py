@@ -16,7 +16,7 @@ from rich.text import Text
 
 from pipeline import fast_imports
 from pipeline.compose import run_cli
-from pipeline.ui import ui_command
+from pipeline.pages import ui_command
 from sweeps.board import (
     Board,
     Comparison,
@@ -61,7 +61,7 @@ def _cells(board: Board, row: Row) -> dict[str, str]:
         "trial": str(row.trial),
         **dict(zip(board.objectives, map(number, row.values), strict=True)),
         **({"behind": _behind(board, row)} if row.difference is not None else {}),
-        "epochs": number(run.metrics["epoch"]),
+        "epochs": str(int(run.metrics["epoch"])),
         "parameters": number(run.metrics["parameters"]),
         "seconds": f"{run.metrics['fit_seconds']:.1f}",
         **{
@@ -105,24 +105,24 @@ def board_records(board: Board) -> list[Record]:
 
 
 def verdict(found: Comparison, board: Board) -> str:
-    """Whether one sweep found something better than another, in a sentence."""
-    better = "better" if found.gain >= 0 else "worse"
-    gain = number(abs(found.gain))
-    text = f"The best of {found.other} is {gain} {better} than that of {found.one}"
+    """Whether one sweep found something better than another, in a sentence or two."""
+    is_accuracy_or_loss = board.objectives[0] in METRICS
+    how = "better than" if found.gain > 0 else "worse than"
+    gain = f"{number(abs(found.gain))} {how}" if found.gain else "equal to"
+    text = f"The best of {found.other} is {gain} that of {found.one}"
     if found.margin is None:
-        return f"{text}; how much of it is noise is unknown: predictions are not kept."
-    if board.objectives[0] in METRICS:
+        why = "predictions are not kept" if is_accuracy_or_loss else "each was measured once"
+        text += f"; how much of it is noise is unknown: {why}"
+    elif is_accuracy_or_loss:
         what = "within" if abs(found.gain) <= found.margin else "beyond"
         text += (
             f" (±{found.margin:.4f}): {what} the noise of the {board.images:,} validation images"
         )
-    text += "."
-    fewer, more = sorted(found.trials)
-    if fewer == more:
-        return text
     first, second = found.trials
+    if first == second:
+        return f"{text}."
     return (
-        f"{text} It is of {second} trials against {first}: the best of more is higher by luck too."
+        f"{text}. It is of {second} trials against {first}: the best of more is better by luck too."
     )
 
 
@@ -137,7 +137,7 @@ def sweeps_records(sweeps: Sequence[Recorded]) -> list[Record]:
             "started": sweep.started.isoformat(timespec="seconds"),
             "seconds": sweep.seconds,
             "data": sweep.params.get("data.name", ""),
-            "objective": sweep.tags["objective"],
+            "objective": ", ".join(objectives_of(sweep)),
             **{name: int(sweep.metrics.get(name, 0)) for name in ("finished", "pruned", "failed")},
             "best": [sweep.metrics.get(f"best_{name}") for name in objectives_of(sweep)],
             "run_id": sweep.run_id,
@@ -229,4 +229,4 @@ def _cell(value: object) -> object:
 
 
 if __name__ == "__main__":
-    run_cli("leaderboard", LeaderboardConfig, main)
+    run_cli("leaderboard", LeaderboardConfig, main, interrupted="Interrupted.")

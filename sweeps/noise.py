@@ -3,8 +3,9 @@
 Another draw of as many validation images would give other accuracies. Two runs judged on the same
 images err on many of the same ones, so their difference varies less than each of them: where the
 predictions are kept, it is the standard error of the mean of the paired differences, which for
-accuracies is that of McNemar's test (Dietterich 1998); else the binomial one of two independent
-samples. The noise of the training, of another seed, comes on top and is not in it.
+accuracies is Wald's, of the images that one of both has right (Agresti 2013, section 11.1); else
+the binomial one of two independent samples. The noise of the training, of another seed, comes on
+top and is not in it.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,8 +46,10 @@ def quantile(confidence: float) -> float:
 
 def standard_error(objective: str, one: Score, other: Score) -> float | None:
     """Of the difference of two values on the same validation images; None where unknown."""
+    if objective == "parameters":
+        return 0.0
     if objective not in ("val_accuracy", "val_loss"):
-        return 0.0  # not measured on images
+        return None  # a time, measured once
     paired = are_paired(one, other)
     if paired:
         first, second = one.predictions, other.predictions

@@ -40,11 +40,13 @@ if TYPE_CHECKING:  # or TensorFlow is imported
     from pipeline.store import Store
     from pipeline.tracking import Run
     from sweeps.board import Board
+    from sweeps.report import Facts
 
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 ROWS = 20  # trials on the leaderboard of the report
+REPEATED = 3  # commands in the description, of which MLflow keeps 8,000 characters
 SIDE_BY_SIDE = 10  # runs that the UI compares at first
 
 # Metric of a run, also of one that was pruned, that charts show for an objective.
@@ -58,7 +60,11 @@ def open_parent(plan: Plan, study: optuna.Study, store: Store, data: Data, comma
     name = study.study_name
     tags = {"sweep": name, "kind": "sweep", "study": study.user_attrs["key"]}
     objective = ", ".join(plan.config.sweep.objectives)
-    run = find_run(store, tags) or create_run(store, name, {**tags, "objective": objective})
+    run = find_run(store, tags)
+    if run is None:
+        run = create_run(store, name, tags)
+        run.adopt([t.user_attrs.get("run_id", "") for t in study.get_trials(deepcopy=False)])
+    run.set_tags({"objective": objective})  # also of a sweep that an older version began
     if "recorded" not in run.tags:  # an earlier launcher may have died before it was
         log_inputs(run, plan.config, data, command, note=what(plan), settings=_settings(plan))
         run.set_tags({"mlflow.source.name": "sweeps.run", "recorded": "true"})
@@ -90,18 +96,8 @@ def what(plan: Plan) -> str:
     )
 
 
-def describe(
-    plan: Plan, parent: Run, board: Board | None, lines: Sequence[str], command: str
-) -> str:
-    """What the UI shows on top of the sweep's run, with links to what there is to see.
-
-    Args:
-        plan: The sweep.
-        parent: Its run.
-        board: Its best trials, if any is complete.
-        lines: What came out.
-        command: Command line that goes on with it.
-    """
+def sweep_note(parent: Run, board: Board | None, facts: Facts) -> str:
+    """What the UI shows on top of the sweep's run, with links to what there is to see."""
     experiment, run_id = parent.store.experiment_id, parent.run_id
     links = {
         "the report": run_page(experiment, run_id, REPORT),
@@ -112,9 +108,10 @@ def describe(
         ids = [row.run.run_id for row in board.rows[:SIDE_BY_SIDE]]
         links["the best side by side"] = compare_page(experiment, ids)
     see = "See " + " · ".join(f"[{title}]({page})" for title, page in links.items())
-    listed = "\n".join(f"- {line}" for line in lines)
-    go_on = f"Go on, with a larger `sweep.trials`: `{command}`"
-    return "\n\n".join([see, what(plan), listed, go_on])
+    go_on = f"Go on, with a larger `sweep.trials`: `{facts.command}`"
+    repeat = (f"repeat trial {number}: `{line}`" for number, line in facts.repeat)
+    listed = "\n".join(f"- {line}" for line in [*facts.lines, *repeat])
+    return "\n\n".join([see, facts.what, go_on, listed])
 
 
 def read_board(parent: Run, *, limit: int = ROWS) -> Board | None:
@@ -136,34 +133,42 @@ def publish(
     Returns:
         The best trials, if any is complete, and the share of each parameter.
     """
-    from sweeps.report import Facts, build_report
-
-    board, shares = read_board(parent), importances(study)
-    best = best_trials(study)
-    lines = [progress.counts, progress.best_text]
-    repeat = {trial.number: plan.command(trial.params) for trial in best[:SIDE_BY_SIDE]}
-    facts = Facts(
-        title=f"Sweep {study.study_name}",
-        what=what(plan),
-        lines=tuple(lines),
-        space=plan.declarations,
-        data=f"{plan.config.data.name}, {json.loads(study.user_attrs['identity'])['data']}",
-        seeds={
-            "sweep.seed": plan.config.sweep.seed,
-            "seed": plan.config.seed,
-            "data.split_seed": plan.config.data.split_seed,
-        },
-        command=command,
-        best=next(iter(repeat.values()), ""),
-    )
-    lines += [f"repeat trial {number}: `{line}`" for number, line in repeat.items()]
-    parent.describe(describe(plan, parent, board, lines, command))
+    board: Board | None = None
+    shares: Mapping[str, float] = {}
     try:
+        from sweeps.report import build_report
+
+        board, shares = read_board(parent), importances(study)
+        facts = _facts(plan, study, progress, command)
+        parent.describe(sweep_note(parent, board, facts))
         page = build_report(study, plan.config.sweep.objectives, board, shares, facts)
         parent.log_text(without_password(page), REPORT)
     except Exception as error:  # a picture is not worth a sweep
-        log.warning("the report is not refreshed: %s: %s", type(error).__name__, error)
+        reason = without_password(" ".join(f"{type(error).__name__}: {error}".split()))
+        log.warning("the report is not refreshed: %s", reason)
     return board, shares
+
+
+def _facts(plan: Plan, study: optuna.Study, progress: Progress, command: str) -> Facts:
+    from sweeps.report import Facts
+
+    config = plan.config
+    return Facts(
+        title=f"Sweep {study.study_name}",
+        what=what(plan),
+        lines=(progress.counts, progress.best_text),
+        space=plan.declarations,
+        data=f"{config.data.name}, {json.loads(study.user_attrs['identity'])['data']}",
+        seeds={
+            "sweep.seed": config.sweep.seed,
+            "seed": config.seed,
+            "data.split_seed": config.data.split_seed,
+        },
+        command=command,
+        repeat=[
+            (trial.number, plan.command(trial.params)) for trial in best_trials(study)[:REPEATED]
+        ],
+    )
 
 
 # --- the view of its trials --------------------------------------------------------------

@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 from sweeps.board import Board
 from sweeps.display import number, settings
 from sweeps.leaderboard import board_table
+from sweeps.study import sample, spread
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
@@ -26,7 +27,8 @@ SHADE = "#e5ecf6"  # behind points and lines the palest of which are white
 COLORS = {"COMPLETE": "#1f77b4", "PRUNED": "#c7c7c7", "FAIL": "#d62728"}
 SLACK = timedelta(seconds=0.5)  # a worker starts a trial before its last one is told
 CONTOURS = 3  # parameters whose pairs are drawn as contours
-CONTOURED = 200  # trials in them: their size is the square of that
+# Trials that are drawn: the size of contours is the square of theirs.
+SPACE, CURVES, TIMES, FAILED = 200, 500, 2_000, 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Facts:
         data: Data set, sizes and digests.
         seeds: By name.
         command: Command line that goes on with the sweep.
-        best: Command line that repeats the best trial, if any.
+        repeat: Numbers of the best trials, and the command lines that repeat them.
     """
 
     title: str
@@ -51,7 +53,7 @@ class Facts:
     data: str
     seeds: Mapping[str, int]
     command: str
-    best: str
+    repeat: Sequence[tuple[int, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +88,10 @@ def build_report(
         facts: What else it says.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", UserWarning)  # of what cannot be drawn, or may change
         pictures = list(_pictures(study, objectives, importances))
     trials = study.get_trials(deepcopy=False)
-    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL][-FAILED:]
     return TEMPLATES.get_template("report.html").render(
         facts=facts,
         pictures=pictures,
@@ -125,13 +127,17 @@ def _pictures(
         yield _picture("Importances", caption, figure, height)
     if any(trial.intermediate_values for trial in trials):
         caption = f"{objective} by epoch. Pruned trials end early, in grey."
-        yield _picture("Learning curves", caption, _curves(trials, objective))
+        if len(trials) > CURVES:
+            caption += f" At most {CURVES:,} of {len(trials):,} trials."
+        yield _picture("Learning curves", caption, _curves(spread(trials, CURVES), objective))
     if len(complete) > 1:
         searched = dict.fromkeys(name for trial in complete for name in trial.params)
         names = sorted(searched, key=lambda name: -importances.get(name, 0.0))
         yield from _space(study, objectives, names)
-    if lanes := _lanes(trials):
+    if lanes := _lanes(trials[-TIMES:]):
         caption = "What each worker was busy with; gaps are idle."
+        if len(trials) > TIMES:
+            caption += f" The latest {TIMES:,} of {len(trials):,} trials."
         yield _picture("Time line of the workers", caption, _timeline(lanes), 130 + 40 * len(lanes))
 
 
@@ -161,34 +167,35 @@ def _space(
     slices.update_layout(plot_bgcolor=SHADE)
     slices.update_xaxes(dtick="D2", selector={"type": "log"})  # or the labels overlap
     yield _picture("Slices", f"{objective} over each parameter alone.", slices)
+    some = sample(study, SPACE)
     parallel = plots.plot_parallel_coordinate(
-        study, list(names), target=target, target_name=objective
+        some, list(names), target=target, target_name=objective
     )
     parallel.update_layout(plot_bgcolor=SHADE)
     parallel.update_traces(opacity=1.0)
-    caption = "A line a complete trial."
+    caption = f"A line a complete trial{_at_most(SPACE, study)}."
     yield _picture("Parallel coordinates", caption, parallel)
-    if len(names) > 1:
-        some = _some(study)
-        known = {name for trial in some.get_trials(deepcopy=False) for name in trial.params}
-        first = [name for name in names if name in known][:CONTOURS]
-        contour = plots.plot_contour(some, first, target=target, target_name=objective)
-        caption = (
-            "Over pairs of the most important parameters, interpolated between at most "
-            f"{CONTOURED} of the trials."
-        )
-        yield _picture("Contours", caption, contour, 300 * len(first))
+    together = _together(some, names)[:CONTOURS]
+    if len(together) > 1:
+        contour = plots.plot_contour(some, together, target=target, target_name=objective)
+        caption = f"Interpolated over pairs of parameters{_at_most(SPACE, study)}."
+        yield _picture("Contours", caption, contour, 300 * len(together))
 
 
-def _some(study: optuna.Study) -> optuna.Study:
-    """A study with at most `CONTOURED` of the complete trials, the latest among them."""
+def _at_most(count: int, study: optuna.Study) -> str:
+    """What to say where not all is drawn."""
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if len(complete) <= CONTOURED:
-        return study
-    step = -(-len(complete) // CONTOURED)
-    some = optuna.create_study(directions=study.directions)
-    some.add_trials(complete[::-1][::step])
-    return some
+    return f", of {count:,} of {len(complete):,}" if len(complete) > count else ""
+
+
+def _together(study: optuna.Study, names: Sequence[str]) -> list[str]:
+    """The first of the names that occur in the same trials: of a pair that never does, one."""
+    chosen: list[str] = []
+    searched = [set(trial.params) for trial in study.get_trials(deepcopy=False)]
+    for name in names:
+        if any({*chosen, name} <= of_trial for of_trial in searched):
+            chosen.append(name)
+    return chosen
 
 
 def _picture(title: str, caption: str, figure: go.Figure, height: int = 420) -> Picture:

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from pipeline import fast_imports
 from pipeline.compose import Terminated, run_cli
 from pipeline.config import without_password
-from pipeline.ui import ui_command
+from pipeline.pages import ui_command
 from sweeps import dry_run
 from sweeps.config import VARIANTS, SweepConfig
 from sweeps.display import Display, Progress, importance_table, number, open_console
@@ -219,14 +219,16 @@ def _print_result(
     """The best trials, what they depend on, how to repeat the best, where to see them."""
     objectives = plan.config.sweep.objectives
     console.print()
-    if board is None:
+    if not best_trials(study):
         console.print("No trial is complete.")
-    else:
+    elif board:  # else it could not be read, as was said
         several = len(objectives) > 1
         title = "Pareto front" if several else f"Best of {board.total} complete trials"
         rows = [row for row in board.rows if row.rank == 1] if several else board.rows[:TOP]
+        if several and len(best_trials(study)) > len(rows):
+            title += f", {len(rows)} of {len(best_trials(study))}"
         console.print(board_table(replace(board, rows=rows), title))
-        if not several:
+        if board.noise and not several:
             console.print(f"\n{board.noise}")
     if baseline := _baseline(plan, study):
         console.print(f"\n{baseline}")

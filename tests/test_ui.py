@@ -460,8 +460,10 @@ def test_the_page_of_a_trial_says_what_it_is_what_came_out_and_how_to_repeat_it(
 # --- the command -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
-def test_a_ui_beside_another_takes_the_next_free_port_and_ends_whole_when_interrupted(
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_ui_beside_another_takes_the_next_free_port_and_ends_whole_however_it_ends(
     swept: Path, served: Served, number: signal.Signals, code: int
 ) -> None:
     taken = int(served.address.rpartition(":")[2])

@@ -112,7 +112,8 @@ class Store:
     def trial(self, parent: str, sweep: str, number: int, trial: Given) -> str:
         tags = {"mlflow.parentRunId": parent, "sweep": sweep, "trial": str(number)}
         run_id = self._create(f"trial-{number:03}", tags)
-        metrics = {METRICS.get(name, name): value for name, value in trial.values.items()}
+        metrics = {"epoch": 1.0, "parameters": 99.0, "fit_seconds": 1.0}
+        metrics |= {METRICS.get(name, name): value for name, value in trial.values.items()}
         self._log(run_id, metrics, trial.params)
         self._log_images(run_id, trial.images)
         if trial.right:
@@ -214,7 +215,7 @@ def test_of_several_sweeps_of_one_name_the_latest_is_found(store: Store) -> None
     [
         ("narow", "did you mean narrow?"),
         ("wid", "did you mean wide or widest?"),
-        ("qqqq", "there are widest, wide, narrow."),
+        ("qqqq", "the latest are widest, wide, narrow."),
     ],
 )
 def test_an_unknown_name_is_told_with_the_nearest(name: str, told: str, store: Store) -> None:
@@ -333,7 +334,7 @@ def test_the_noise_of_losses_is_not_called_binomial_where_it_is_unknown(store: S
     trials = [Given(values={"val_loss": value}) for value in (0.2, 0.21)]
     board = load_board([store.sweep("wide", *trials, objective="val_loss")], limit=None)
 
-    assert [(row.rank, row.margin) for row in board.rows] == [(1, None), (2, None)]
+    assert [(row.rank, row.margin) for row in board.rows] == [(1, 0.0), (2, None)]
     assert "binomial" not in board.noise
 
 
@@ -666,3 +667,24 @@ def test_real_sweeps_differ_beyond_the_noise_of_their_images(real: list[Recorded
     assert found.margin is not None
     assert found.gain > found.margin > 0
     assert found.trials == (8, 8)
+
+
+# --- what somebody else left in a store --------------------------------------------------
+
+
+def test_a_sweep_recorded_without_its_objective_has_it_as_a_parameter(store: Store) -> None:
+    sweep = store.sweep("old", accurate(0.9))
+    store.client.delete_tag(sweep.run_id, "objective")
+    store.client.log_param(sweep.run_id, "sweep.objective", "val_accuracy")
+
+    assert load_board(find_sweeps(["old"]), limit=None).objectives == ("val_accuracy",)
+
+
+def test_a_run_that_no_worker_recorded_is_passed_over(store: Store) -> None:
+    sweep = store.sweep("mixed", accurate(0.8))
+    tags = {"mlflow.parentRunId": sweep.run_id, "sweep": "mixed", "trial": "1"}
+    by_hand = store.client.create_run(store.experiment_id, tags=tags)
+    store.client.log_metric(by_hand.info.run_id, "saved_val_accuracy", 0.99)
+    store.client.set_terminated(by_hand.info.run_id, "FINISHED")
+
+    assert trials_in([sweep]) == [("mixed", 0)]

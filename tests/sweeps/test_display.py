@@ -23,8 +23,8 @@ from sweeps.display import (
     duration,
     importance_table,
     number,
-    run_name,
     short,
+    trial_name,
 )
 
 SPACE = {
@@ -271,7 +271,14 @@ def test_a_metric_has_four_places_and_a_count_separators(value: float, text: str
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0012345, "0.00123"), (0.5, "0.5"), (512, "512"), ("adam", "adam"), (None, "None")],
+    [
+        (0.0012345, "0.00123"),
+        (0.5, "0.5"),
+        (512, "512"),
+        ("adam", "adam"),
+        (None, "null"),
+        (True, "true"),
+    ],
 )
 def test_a_setting_is_short(value: str | float | None, text: str) -> None:
     assert short(value) == text
@@ -295,13 +302,13 @@ def test_settings_are_told_by_the_last_part_of_their_names() -> None:
         ),
         ({"optimizer.learning_rate": 1e-5}, "trial-012 lr=1e-5"),
         ({"optimizer.learning_rate": 0.0}, "trial-012 lr=0"),
-        ({"optimizer": "adam", "model.bias": None}, "trial-012 optimizer=adam bias=None"),
+        ({"optimizer": "adam", "model.bias": None}, "trial-012 optimizer=adam bias=null"),
     ],
 )  # fmt: skip
 def test_the_name_of_a_run_tells_its_settings_in_few_letters(
     values: dict[str, str | int | float | None], name: str
 ) -> None:
-    assert run_name(12, values) == name
+    assert trial_name(12, values) == name
 
 
 def test_importances_are_bars_with_their_shares() -> None:

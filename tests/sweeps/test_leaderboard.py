@@ -285,7 +285,11 @@ def test_every_verdict_is_consistent(gain: float, margin: float, first: int, sec
     text = verdict(found, board_of(FIRST))
 
     assert ("beyond" in text) is (abs(gain) > margin)
-    assert ("better" in text) is (gain >= 0)
+    assert ("better than" in text, "worse than" in text, "equal to" in text) == (
+        gain > 0,
+        gain < 0,
+        gain == 0,
+    )
     assert ("worse" in text) is (gain < 0)
     assert ("by luck" in text) is (first != second)
 
@@ -296,7 +300,7 @@ def test_the_verdict_warns_where_one_had_more_trials(trials: tuple[int, int], to
     found = Comparison(one="narrow", other="wide", gain=0.03, margin=0.02, trials=trials)
 
     assert verdict(found, board_of(FIRST)).endswith(
-        f"240 validation images. It is of {told}: the best of more is higher by luck too."
+        f"240 validation images. It is of {told}: the best of more is better by luck too."
     )
 
 

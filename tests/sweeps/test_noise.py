@@ -189,13 +189,13 @@ def test_the_error_is_unknown_where_the_number_of_images_is(one: int, other: int
     assert standard_error("val_accuracy", unread(0.9, one), unread(0.8, other)) is None
 
 
-@pytest.mark.parametrize("objective", COUNTED)
-def test_what_is_not_measured_on_images_has_no_noise_of_them_and_reads_nothing(
-    objective: str,
+@pytest.mark.parametrize(("objective", "error"), [("parameters", 0.0), ("fit_seconds", None)])
+def test_a_count_has_no_noise_and_that_of_a_time_is_unknown_and_neither_reads_anything(
+    objective: str, error: float | None
 ) -> None:
     shelf = Shelf("val_accuracy", [judged([True, False])] * 2, [True, True])
 
-    assert standard_error(objective, *shelf.scores) == 0.0
+    assert standard_error(objective, *shelf.scores) == error
     assert shelf.reads == [0, 0]
 
 

@@ -29,7 +29,6 @@ from sweeps.config import VARIANTS, SweepConfig
 from sweeps.display import Progress
 from sweeps.parent import (
     REPORT,
-    describe,
     logarithms,
     open_parent,
     publish,
@@ -458,7 +457,7 @@ def test_a_note_says_what_came_out_how_to_repeat_it_and_how_to_go_on(sweep_of: O
 
     sweep.publish()
 
-    see, told, lines, go_on = sweep.note.split("\n\n")
+    see, told, go_on, lines = sweep.note.split("\n\n")
     assert see.startswith("See [the report](#/")
     assert told == what(sweep.plan)
     assert lines.splitlines() == [
@@ -473,12 +472,10 @@ def test_a_note_before_the_first_complete_trial_says_so(sweep_of: Open) -> None:
     sweep = sweep_of()
     sweep.tell(mlp(40), state="FAIL")
 
-    text = describe(
-        sweep.plan, sweep.parent, None, [sweep.progress.counts, sweep.progress.best_text], COMMAND
-    )
+    sweep.publish()
 
-    assert "- 0 of 4 trials, 0 pruned, 1 failed\n- no trial is complete yet\n" in text
-    assert "side by side" not in text
+    assert sweep.note.endswith("- 0 of 4 trials, 0 pruned, 1 failed\n- no trial is complete yet")
+    assert "side by side" not in sweep.note
 
 
 def deep(number: int) -> Values:
@@ -505,8 +502,9 @@ def test_a_note_of_a_wide_front_is_recorded_to_its_end(sweep_of: Open) -> None:
 
     sweep.publish()
 
-    assert sweep.note.endswith(f"`{COMMAND}`")
-    assert sweep.note.count("repeat trial") == 10
+    assert f"Go on, with a larger `sweep.trials`: `{COMMAND}`" in sweep.note
+    assert sweep.note.count("repeat trial") == 3
+    assert sweep.note.endswith("training.batch_size=256`")
 
 
 # --- publishing --------------------------------------------------------------------------
@@ -584,6 +582,35 @@ def test_no_password_of_a_configuration_is_published(sweep_of: Open) -> None:
     page = (sweep.artifacts / REPORT).read_text(encoding="utf-8")
     assert "hush-7f3a" not in page + sweep.note
     assert "postgresql://me:***@host/db" in page
+
+
+def test_a_sweep_whose_own_run_was_deleted_is_published_as_a_warning_in_one_line(
+    sweep_of: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = sweep_of()
+    sweep.tell(mlp(40), 0.5)
+    MlflowClient().delete_run(sweep.parent.run_id)
+
+    publish(sweep.plan, sweep.study, sweep.parent, sweep.progress, COMMAND)
+
+    (warning,) = [record for record in caplog.records if record.name == "sweeps.parent"]
+    assert len(warning.getMessage().splitlines()) == 1
+
+
+def test_a_sweep_whose_own_run_was_deleted_gets_another_with_its_trials(sweep_of: Open) -> None:
+    sweep = sweep_of()
+    sweep.tell(mlp(40), 0.5)
+    for run in MlflowClient().search_runs([sweep.store.experiment_id], "tags.trial = '0'"):
+        storage = sweep.study._storage
+        storage.set_trial_user_attr(sweep.study.trials[0]._trial_id, "run_id", run.info.run_id)
+    MlflowClient().delete_run(sweep.parent.run_id)
+
+    again = sweep_of()
+
+    assert again.parent.run_id != sweep.parent.run_id
+    board = read_board(again.parent)
+    assert board is not None
+    assert [row.trial for row in board.rows] == [0]
 
 
 # --- of a real sweep ---------------------------------------------------------------------

@@ -37,7 +37,7 @@ FACTS = Facts(
     data="digits, 960+240 images",
     seeds={"sweep.seed": 0, "seed": 1, "data.split_seed": 2},
     command="python -m sweeps.run data=digits sweep.name=mine",
-    best="python -m pipeline.run data=digits model.hidden_units=9",
+    repeat=[(1, "python -m pipeline.run data=digits model.hidden_units=9")],
 )
 # Like search=deep: the momentum is that of one optimizer alone.
 SPACE: dict[str, BaseDistribution] = {
@@ -407,7 +407,7 @@ def test_html_in_texts_is_shown_as_text() -> None:
         data=EVIL,
         seeds={EVIL: 0},
         command=EVIL,
-        best=EVIL,
+        repeat=[(0, EVIL)],
     )
 
     page = report([failed({}, EVIL), *many(3)], facts=facts)
