@@ -95,7 +95,9 @@ class Sweep:
     parent: Run
     progress: Progress
 
-    def add(self, values: Values, *results: float, state: str = "COMPLETE") -> FrozenTrial:
+    def add(
+        self, values: Values, *results: float, state: str = "COMPLETE", run_id: str = ""
+    ) -> FrozenTrial:
         """Records a trial in the study alone."""
         spreads = {each.name: each.distribution for each in self.plan.space.parameters}
         self.study.add_trial(
@@ -105,17 +107,17 @@ class Sweep:
                 params=values,
                 distributions={name: spreads[name] for name in values},
                 intermediate_values={1: 0.5},
-                user_attrs={"seconds": 1.0},
+                user_attrs={"seconds": 1.0, "run_id": run_id},
             )
         )
         return self.study.trials[-1]
 
     def tell(self, values: Values, *results: float, state: str = "COMPLETE") -> FrozenTrial:
         """Records a trial and its run."""
-        trial = self.add(values, *results, state=state)
-        number = trial.number
+        number = len(self.study.trials)
         tags = {"sweep": "mine", "trial": number, "command": self.plan.command(values)}
         run = create_run(self.store, f"trial-{number}", tags, parent=self.parent)
+        trial = self.add(values, *results, state=state, run_id=run.run_id)
         measured = {"epoch": 1.0, "parameters": 99.0, "fit_seconds": 1.0}
         names = {"val_accuracy": "saved_val_accuracy", "val_loss": "saved_val_loss"}
         for name, result in zip(self.progress.objectives, results, strict=False):
@@ -600,9 +602,6 @@ def test_a_sweep_whose_own_run_was_deleted_is_published_as_a_warning_in_one_line
 def test_a_sweep_whose_own_run_was_deleted_gets_another_with_its_trials(sweep_of: Open) -> None:
     sweep = sweep_of()
     sweep.tell(mlp(40), 0.5)
-    for run in MlflowClient().search_runs([sweep.store.experiment_id], "tags.trial = '0'"):
-        storage = sweep.study._storage
-        storage.set_trial_user_attr(sweep.study.trials[0]._trial_id, "run_id", run.info.run_id)
     MlflowClient().delete_run(sweep.parent.run_id)
 
     again = sweep_of()
