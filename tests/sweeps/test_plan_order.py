@@ -271,7 +271,7 @@ def test_a_sweep_may_be_gone_on_with_by_other_means(arguments: list[str]) -> Non
             {"search.space['model.dropout_rate']", "model.dropout_rate"},
         ),
     ],
-    ids=str,
+    ids=lambda given: " ".join(sorted(given)),  # alike in each process
 )
 def test_a_sweep_of_something_else_is_another_sweep(
     arguments: list[str], changed: set[str]
