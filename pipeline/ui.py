@@ -125,6 +125,8 @@ def main(config: UIConfig, overrides: list[str]) -> None:
                 analyze(database)
             address, process = stack.enter_context(serve(uri, config.port))
         try:
+            if not address.endswith(f":{config.port}"):
+                console.print(f"Port {config.port} is taken.")
             _print(address, pages)
             console.print("Ctrl-C ends it.")
             process.wait()

@@ -205,22 +205,29 @@ class Comparison:
 
 def compare(board: Board) -> list[Comparison]:
     """Each further sweep of a board with the first one; of one objective."""
-    (objective,) = board.objectives
-    sign = 1 if OBJECTIVES[objective] == "maximize" else -1
-    scores = [_score(run, objective) for run in board.best]
     found = []
-    for sweep, score in zip(board.sweeps[1:], scores[1:], strict=True):
-        error = standard_error(objective, scores[0], score)
+    for sweep, best in zip(board.sweeps[1:], board.best[1:], strict=True):
+        gain, margin = gain_over(board, board.best[0], best)
         found.append(
             Comparison(
                 one=board.sweeps[0].tags["sweep"],
                 other=sweep.tags["sweep"],
-                gain=sign * (score.value - scores[0].value),
-                margin=None if error is None else quantile(board.confidence) * error,
+                gain=gain,
+                margin=margin,
                 trials=(_finished(board.sweeps[0]), _finished(sweep)),
             )
         )
     return found
+
+
+def gain_over(board: Board, one: Recorded, other: Recorded) -> tuple[float, float | None]:
+    """By how much another run is better than one, and half the interval around that."""
+    (objective,) = board.objectives
+    sign = 1 if OBJECTIVES[objective] == "maximize" else -1
+    first, second = _score(one, objective), _score(other, objective)
+    error = standard_error(objective, first, second)
+    margin = None if error is None else quantile(board.confidence) * error
+    return sign * (second.value - first.value), margin
 
 
 def _finished(sweep: Recorded) -> int:

@@ -395,7 +395,7 @@ class LeaderboardConfig:
     Attributes:
         all: Whether to list all sweeps instead.
         rows: At most; null: all.
-        format: One of `FORMATS`.
+        format: One of `FORMATS`; null: as the name of the file ends, else a table.
         out: File to write to; null: standard output.
         confidence: Of the interval around a difference that has to leave out 0, in (0, 1).
     """
@@ -404,12 +404,19 @@ class LeaderboardConfig:
     sweep: ChosenConfig
     all: bool
     rows: int | None
-    format: str
+    format: str | None
     out: str | None
     confidence: float
 
     def __post_init__(self) -> None:
         if self.rows is not None:
             check_at_least("rows", self.rows, 1)
-        check_choice("format", self.format, FORMATS)
+        if self.format is not None:
+            check_choice("format", self.format, FORMATS)
         check(0 < self.confidence < 1, "confidence", "in (0, 1)", self.confidence)
+
+    @property
+    def kind(self) -> str:
+        """The format, also where it is not given."""
+        ending = (self.out or "").rpartition(".")[2]
+        return self.format or (ending if ending in FORMATS else "table")

@@ -123,9 +123,9 @@ class Progress:
             f"{name} {number(value)}"
             for name, value in zip(self.objectives, self.best, strict=True)
         )
-        return f"best {figures}" + (
-            f" (trial {self.best_trial})" if self.best_trial is not None else ""
-        )
+        if len(self.best) > 1:
+            return f"best of each alone: {figures}"
+        return f"best {figures} (trial {self.best_trial})"
 
     def time_left(self, running: int, workers: int) -> str:
         """When the rest will be done: the middle nine tenths of what chance may bring.
@@ -254,11 +254,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def importance_table(importances: Mapping[str, float], objective: str) -> Table:
-    """Share of the variance of the objective that each parameter accounts for."""
-    table = Table(
-        title=f"What {objective} depends on", title_justify="left", box=None, show_header=False
-    )
+def importance_table(importances: Mapping[str, float], objective: str, trials: int) -> Table:
+    """Share of the variance of the objective, over so many trials, that is each parameter's."""
+    title = f"What {objective} depends on, by {trials} complete trials"
+    table = Table(title=title, title_justify="left", box=None, show_header=False)
     for name, share in importances.items():
         table.add_row(name, ProgressBar(total=1.0, completed=share, width=24), f"{share:.2f}")
     return table

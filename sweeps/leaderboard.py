@@ -104,26 +104,29 @@ def board_records(board: Board) -> list[Record]:
     ]
 
 
+def weigh(gain: float, margin: float | None, board: Board) -> str:
+    """What a difference is worth, to be put behind it."""
+    if board.objectives[0] not in METRICS:
+        unknown = "; how much of it is noise is unknown: each was measured once"
+        return unknown if margin is None else ""
+    if margin is None:
+        return "; how much of it is noise is unknown: predictions are not kept"
+    what = "within" if abs(gain) <= margin else "beyond"
+    return f" (±{margin:.4f}): {what} the noise of the {board.images:,} validation images"
+
+
 def verdict(found: Comparison, board: Board) -> str:
     """Whether one sweep found something better than another, in a sentence or two."""
-    is_accuracy_or_loss = board.objectives[0] in METRICS
     how = "better than" if found.gain > 0 else "worse than"
     gain = f"{number(abs(found.gain))} {how}" if found.gain else "equal to"
-    text = f"The best of {found.other} is {gain} that of {found.one}"
-    if found.margin is None:
-        why = "predictions are not kept" if is_accuracy_or_loss else "each was measured once"
-        text += f"; how much of it is noise is unknown: {why}"
-    elif is_accuracy_or_loss:
-        what = "within" if abs(found.gain) <= found.margin else "beyond"
-        text += (
-            f" (±{found.margin:.4f}): {what} the noise of the {board.images:,} validation images"
-        )
+    weight = weigh(found.gain, found.margin, board)
+    text = f"The best of {found.other} is {gain} that of {found.one}{weight}"
     first, second = found.trials
     if first == second:
         return f"{text}."
-    return (
-        f"{text}. It is of {second} trials against {first}: the best of more is better by luck too."
-    )
+    more, fewer = (found.other, found.one) if second > first else (found.one, found.other)
+    luck = f"{more} had {max(first, second)} trials, {fewer} {min(first, second)}"
+    return f"{text}. {luck}: more trials raise the best by luck alone."
 
 
 # --- all sweeps --------------------------------------------------------------------------
@@ -154,7 +157,7 @@ def sweeps_table(sweeps: Sequence[Recorded]) -> Table:
     table.add_column("started")
     table.add_column("status")
     table.add_column("data")
-    for heading in ("finished", "pruned", "failed", "time"):
+    for heading in ("finished", "pruned", "failed", "elapsed"):
         table.add_column(heading, justify="right")
     table.add_column("best")
     for sweep, record in zip(sweeps, sweeps_records(sweeps), strict=True):
@@ -195,6 +198,8 @@ def main(config: LeaderboardConfig, overrides: list[str]) -> None:
     below += [f"See it: {ui_command(sweep.run_id, overrides)}" for sweep in board.sweeps]
     text = Text("\n".join(["", *filter(None, below)]))
     _write(config, Group(board_table(board, title), text), board_records(board))
+    if config.kind != "table" and len(board.rows) < board.total:
+        print(f"{len(board.rows)} of {board.total} rows; rows=null: all.", file=sys.stderr)
 
 
 def names(sweeps: Sequence[Recorded]) -> str:
@@ -206,9 +211,9 @@ def _write(config: LeaderboardConfig, shown: RenderableType, records: Sequence[R
         file: IO[str] = sys.stdout
         if config.out:
             file = stack.enter_context(_open(config.out))
-        if config.format == "json":
+        if config.kind == "json":
             file.write(json.dumps(records, indent=2) + "\n")
-        elif config.format == "csv":
+        elif config.kind == "csv":
             writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows({name: _cell(value) for name, value in r.items()} for r in records)
@@ -225,7 +230,9 @@ def _open(path: str) -> IO[str]:
 
 def _cell(value: object) -> object:
     """Of several objectives, what a list has is one text."""
-    return ", ".join(map(str, value)) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return ", ".join(str(each) for each in value if each is not None)
+    return value
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 Another draw of as many validation images would give other accuracies. Two runs judged on the same
 images err on many of the same ones, so their difference varies less than each of them: where the
-predictions are kept, it is the standard error of the mean of the paired differences, which for
-accuracies is Wald's, of the images that one of both has right (Agresti 2013, section 11.1); else
-the binomial one of two independent samples. The noise of the training, of another seed, comes on
+predictions are kept, it is the standard error of the mean of the paired differences; else the
+binomial one of two independent samples. Of accuracies both count a few images more than there are,
+as Agresti and Min (2005) and Agresti and Caffo (2000) found to make intervals honest where runs
+differ in a handful of images, or in none. The noise of the training, of another seed, comes on
 top and is not in it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +17,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:  # or MLflow is imported
     from pipeline.store import Predictions
@@ -55,14 +58,27 @@ def standard_error(objective: str, one: Score, other: Score) -> float | None:
         first, second = one.predictions, other.predictions
         assert first is not None and second is not None
         if objective == "val_accuracy":
-            differences = first.correct.astype(float) - second.correct
-        else:
-            differences = first.losses.astype(float) - second.losses
+            return _of_matched(first.correct, second.correct)
+        differences = first.losses.astype(float) - second.losses
         return float(differences.std() / np.sqrt(len(differences)))
     if objective == "val_loss" or not (one.images and other.images):
         return None
-    variances = (score.value * (1 - score.value) / score.images for score in (one, other))
-    return float(np.sqrt(sum(variances)))
+    return math.sqrt(_variance(one) + _variance(other))
+
+
+def _of_matched(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> float:
+    """Of the difference of two fractions of the same images: half an image more in each cell."""
+    images = len(one) + 2
+    only_one, only_other = (np.sum(one & ~other) + 0.5, np.sum(other & ~one) + 0.5)
+    variance = only_one + only_other - (only_one - only_other) ** 2 / images
+    return float(np.sqrt(variance) / images)
+
+
+def _variance(score: Score) -> float:
+    """Of a fraction: one image more that is right, and one that is wrong."""
+    images = score.images + 2
+    fraction = (score.value * score.images + 1) / images
+    return fraction * (1 - fraction) / images
 
 
 def are_paired(one: Score, other: Score) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
 
 from pipeline.config import without_password
 from pipeline.pages import (
@@ -29,7 +30,7 @@ from pipeline.pages import (
     scatter,
 )
 from sweeps.config import OBJECTIVES, VARIANTS
-from sweeps.display import Progress
+from sweeps.display import Progress, number
 from sweeps.plan import Plan
 from sweeps.space import Parameter
 from sweeps.study import best_trials, importances
@@ -89,10 +90,12 @@ def what(plan: Plan) -> str:
     """What the sweep does, in a sentence."""
     config = plan.config
     names = ", ".join(parameter.name for parameter in plan.space.parameters)
+    prunes = len(config.sweep.objectives) == 1 and config.sweep.objectives[0] in METRICS
+    pruner = f"the pruner {config.pruner.name}" if prunes else "no pruner"
     return (
         f"A sweep on {config.data.name}: searches {names} for "
-        f"{' and '.join(config.sweep.objectives)}, with the sampler {config.sampler.name} and the "
-        f"pruner {config.pruner.name}."
+        f"{' and '.join(config.sweep.objectives)}, with the sampler {config.sampler.name} and "
+        f"{pruner}."
     )
 
 
@@ -139,7 +142,7 @@ def publish(
         from sweeps.report import build_report
 
         board, shares = read_board(parent), importances(study)
-        facts = _facts(plan, study, progress, command)
+        facts = _facts(plan, study, progress, command, baseline(plan, study, board))
         parent.describe(sweep_note(parent, board, facts))
         page = build_report(study, plan.config.sweep.objectives, board, shares, facts)
         parent.log_text(without_password(page), REPORT)
@@ -149,14 +152,42 @@ def publish(
     return board, shares
 
 
-def _facts(plan: Plan, study: optuna.Study, progress: Progress, command: str) -> Facts:
+def baseline(plan: Plan, study: optuna.Study, board: Board | None) -> str:
+    """What the configuration as it stands came to, and whether the best is better beyond noise.
+
+    Empty with several objectives, and where that trial is not complete.
+    """
+    from pipeline.store import read_run
+    from sweeps.board import gain_over
+    from sweeps.leaderboard import weigh
+
+    found = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        if trial.number == plan.baseline and len(trial.values) == 1
+    ]
+    if not found:
+        return ""
+    text = f"Baseline, as configured (trial {found[0].number}): {number(found[0].values[0])}"
+    run_id = found[0].user_attrs.get("run_id")
+    if not (board and run_id):
+        return text
+    gain, margin = gain_over(board, read_run(run_id), board.best[0])
+    if not gain:
+        return f"{text}, which nothing surpassed."
+    return f"{text}; the best is {number(gain)} better{weigh(gain, margin, board)}."
+
+
+def _facts(
+    plan: Plan, study: optuna.Study, progress: Progress, command: str, baseline: str
+) -> Facts:
     from sweeps.report import Facts
 
     config = plan.config
     return Facts(
         title=f"Sweep {study.study_name}",
         what=what(plan),
-        lines=(progress.counts, progress.best_text),
+        lines=[line for line in (progress.counts, progress.best_text, baseline) if line],
         space=plan.declarations,
         data=f"{config.data.name}, {json.loads(study.user_attrs['identity'])['data']}",
         seeds={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,11 +18,12 @@ from plotly.offline import get_plotlyjs
 from sweeps.board import Board
 from sweeps.display import number, settings
 from sweeps.leaderboard import board_table
-from sweeps.study import sample, spread
+from sweeps.study import of_first_objective, sample, spread
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
 )
+SIZES = ("parameters", "fit_seconds")  # differ by factors: their axes are logarithmic
 SHADE = "#e5ecf6"  # behind points and lines the palest of which are white
 COLORS = {"COMPLETE": "#1f77b4", "PRUNED": "#c7c7c7", "FAIL": "#d62728"}
 SLACK = timedelta(seconds=0.5)  # a worker starts a trial before its last one is told
@@ -123,7 +124,10 @@ def _pictures(
         yield from _results(study, objectives)
     if importances:
         figure, height = _importances(importances), 110 + 32 * len(importances)
-        caption = f"Share of each parameter in the variance of {objective} (fANOVA)."
+        caption = (
+            f"Share of each parameter in the variance of {objective} (fANOVA), by "
+            f"{len(complete):,} complete trials: the fewer, the less it says."
+        )
         yield _picture("Importances", caption, figure, height)
     if any(trial.intermediate_values for trial in trials):
         caption = f"{objective} by epoch. Pruned trials end early, in grey."
@@ -141,20 +145,19 @@ def _pictures(
         yield _picture("Time line of the workers", caption, _timeline(lanes), 130 + 40 * len(lanes))
 
 
-def _target(objectives: Sequence[str]) -> Callable[[FrozenTrial], float] | None:
-    """Optuna's plots want to be told, of several objectives, which one."""
-    return (lambda trial: trial.values[0]) if len(objectives) > 1 else None
-
-
 def _results(study: optuna.Study, objectives: Sequence[str]) -> Iterator[Picture]:
     if len(objectives) in (2, 3):  # more have no picture
         front = plots.plot_pareto_front(study, target_names=list(objectives))
-        yield _picture("Pareto front", "Trials that no other beats in every objective.", front)
-    figure = plots.plot_optimization_history(
-        study, target=_target(objectives), target_name=objectives[0]
-    )
-    so_far = "" if len(objectives) > 1 else ", and the best so far"  # as Optuna draws it
-    caption = f"{objectives[0]} of each complete trial{so_far}."
+        if len(objectives) == 2:
+            log = [name for name in objectives if name in SIZES]
+            front.update_layout(
+                xaxis_type="log" if objectives[0] in log else "linear",
+                yaxis_type="log" if objectives[1] in log else "linear",
+            )
+        caption = "In red the trials that no other beats in one objective and equals in all."
+        yield _picture("Pareto front", caption, front)
+    figure = plots.plot_optimization_history(of_first_objective(study), target_name=objectives[0])
+    caption = f"{objectives[0]} of each complete trial, and the best so far."
     yield _picture("History", caption, figure)
 
 
@@ -162,22 +165,20 @@ def _space(
     study: optuna.Study, objectives: Sequence[str], names: Sequence[str]
 ) -> Iterator[Picture]:
     """What came out where in the search space; the most important names come first."""
-    target, objective = _target(objectives), objectives[0]
-    slices = plots.plot_slice(study, list(names), target=target, target_name=objective)
+    study, objective = of_first_objective(study), objectives[0]
+    slices = plots.plot_slice(study, list(names), target_name=objective)
     slices.update_layout(plot_bgcolor=SHADE)
     slices.update_xaxes(dtick="D2", selector={"type": "log"})  # or the labels overlap
     yield _picture("Slices", f"{objective} over each parameter alone.", slices)
     some = sample(study, SPACE)
-    parallel = plots.plot_parallel_coordinate(
-        some, list(names), target=target, target_name=objective
-    )
+    parallel = plots.plot_parallel_coordinate(some, list(names), target_name=objective)
     parallel.update_layout(plot_bgcolor=SHADE)
     parallel.update_traces(opacity=1.0)
     caption = f"A line a complete trial{_at_most(SPACE, study)}."
     yield _picture("Parallel coordinates", caption, parallel)
     together = _together(some, names)[:CONTOURS]
     if len(together) > 1:
-        contour = plots.plot_contour(some, together, target=target, target_name=objective)
+        contour = plots.plot_contour(some, together, target_name=objective)
         caption = f"Interpolated over pairs of parameters{_at_most(SPACE, study)}."
         yield _picture("Contours", caption, contour, 300 * len(together))
 

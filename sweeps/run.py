@@ -23,11 +23,11 @@ from pipeline.config import without_password
 from pipeline.pages import ui_command
 from sweeps import dry_run
 from sweeps.config import VARIANTS, SweepConfig
-from sweeps.display import Display, Progress, importance_table, number, open_console
+from sweeps.display import Display, Progress, importance_table, open_console
 from sweeps.executors import LocalExecutor
 from sweeps.launcher import Launcher
 from sweeps.leaderboard import board_table
-from sweeps.parent import open_parent, publish, read_board
+from sweeps.parent import baseline, open_parent, publish, read_board
 from sweeps.plan import Plan, build_plan
 from sweeps.space import split_command_line
 from sweeps.study import (
@@ -230,11 +230,12 @@ def _print_result(
         console.print(board_table(replace(board, rows=rows), title))
         if board.noise and not several:
             console.print(f"\n{board.noise}")
-    if baseline := _baseline(plan, study):
-        console.print(f"\n{baseline}")
+    if line := baseline(plan, study, board):
+        console.print(f"\n{line}")
     if shares:
         console.print()
-        console.print(importance_table(shares, objectives[0]))
+        complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        console.print(importance_table(shares, objectives[0], len(complete)))
     console.print()
     for trial in best_trials(study)[:TOP]:
         console.print(
@@ -244,15 +245,13 @@ def _print_result(
     console.print(f"See the report, the trials and charts of them: {see}")
 
 
-def _baseline(plan: Plan, study: optuna.Study) -> str:
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    for trial in complete:
-        if trial.number == plan.baseline and len(trial.values) == 1:
-            return f"Baseline, as configured (trial {trial.number}): {number(trial.values[0])}"
-    return ""
-
-
 if __name__ == "__main__":
     given = sys.argv[1:]
     sys.argv[1:], searched = split_command_line(given)
-    run_cli("sweep", SweepConfig, partial(main, searched=searched, arguments=given), VARIANTS)
+    run_cli(
+        "sweep",
+        SweepConfig,
+        partial(main, searched=searched, arguments=given),
+        VARIANTS,
+        interrupted="Interrupted: no trial was running.",
+    )

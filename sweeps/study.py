@@ -26,7 +26,7 @@ from optuna.pruners import (
 from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from pipeline.config import TrackingConfig
 from pipeline.database import alone, create_sqlite, sqlite_path
@@ -399,6 +399,24 @@ def sample(study: optuna.Study, most: int) -> optuna.Study:
     return some
 
 
+def of_first_objective(study: optuna.Study) -> optuna.Study:
+    """The study with its first objective alone, as Optuna's plots of one want it."""
+    if len(study.directions) == 1:
+        return study
+    alone = optuna.create_study(direction=study.directions[0])
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state.is_finished():
+            alone.add_trial(
+                create_trial(
+                    state=trial.state,
+                    value=trial.values[0] if trial.values else None,
+                    params=trial.params,
+                    distributions=trial.distributions,
+                )
+            )
+    return alone
+
+
 def spread(trials: Sequence[FrozenTrial], most: int) -> Sequence[FrozenTrial]:
     """At most so many of the trials, evenly, the last among them."""
     step = max(1, -(-len(trials) // most))
@@ -412,9 +430,14 @@ def importances(study: optuna.Study) -> dict[str, float]:
         return {}
     # Of one objective, Optuna knows the direction; of a target, that less is better.
     sign = -1 if study.directions[0] == StudyDirection.MAXIMIZE else 1
+    everywhere = set.intersection(*(set(trial.params) for trial in complete))
+    varied = [name for name in everywhere if len({trial.params[name] for trial in complete}) > 1]
+    if not varied:
+        return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return optuna.importance.get_param_importances(
             sample(study, IMPORTANT),
+            params=sorted(varied),
             target=(lambda trial: sign * trial.values[0]) if len(study.directions) > 1 else None,
         )

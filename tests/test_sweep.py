@@ -96,7 +96,11 @@ def test_a_sweep_ends_with_a_ranking_and_what_it_depends_on(ended: Ended) -> Non
     best_first = sorted(complete, key=lambda trial: (-trial.values[0], trial.number))
     assert ranked == [[str(trial.number), f"{trial.values[0]:.4f}"] for trial in best_first[:5]]
     baseline = f"{ended.trials[0].values[0]:.4f}"
-    assert f"\nBaseline, as configured (trial 0): {baseline}\n" in ended.out
+    (against,) = re.findall(
+        rf"^Baseline, as configured \(trial 0\): {baseline}[,;] (.*)\.$", ended.out, re.M
+    )
+    noise = r"\(±0\.\d{4}\): (within|beyond) the noise of the 240 validation images"
+    assert re.fullmatch(rf"which nothing surpassed|the best is 0\.\d{{4}} better {noise}", against)
     shares = re.findall(r"^ *(model|optimizer)\.\w+ .*(\d\.\d\d) *$", ended.out, re.M)
     assert sum(float(share) for _, share in shares) == pytest.approx(1.0, abs=0.02)
 

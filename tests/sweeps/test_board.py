@@ -309,7 +309,7 @@ def test_a_row_has_its_rank_its_difference_and_a_margin(store: Store) -> None:
     board = load_board([store.sweep("wide", *trials)], limit=None)
 
     rows = board.rows
-    margins = [0.0, 1.959964 * sqrt(2 - 4 / 100) / 100, 1.959964 * sqrt(30 - 900 / 100) / 100]
+    margins = [0.0, 1.959964 * sqrt(3 - 4 / 102) / 102, 1.959964 * sqrt(31 - 900 / 102) / 102]
     assert [row.rank for row in rows] == [1, 1, 3]
     assert [row.values for row in rows] == [(0.9,), (0.88,), (0.6,)]
     assert [row.difference for row in rows] == pytest.approx([0.0, -0.02, -0.3])
@@ -325,7 +325,8 @@ def test_where_one_has_no_predictions_the_noise_is_called_binomial(store: Store)
     kept = Given(values={"val_accuracy": 0.9}, right=(0, 90))
     board = load_board([store.sweep("wide", kept, accurate(0.8))], limit=None)
 
-    assert board.rows[1].margin == pytest.approx(1.959964 * 0.05)  # of 0.09 and 0.16 in 100
+    variance = (91 / 102 * 11 / 102 + 81 / 102 * 21 / 102) / 102
+    assert board.rows[1].margin == pytest.approx(1.959964 * sqrt(variance))
     assert not board.is_paired
     assert "(95%, binomial: some predictions are not kept)" in board.noise
 
@@ -602,7 +603,7 @@ def test_the_best_are_compared_with_a_paired_margin_and_the_trials_of_either(sto
     (found,) = compare(load_board([one, other], limit=None, confidence=0.9))
 
     assert found.gain == pytest.approx(0.05)
-    assert found.margin == pytest.approx(1.644854 * sqrt(9 - 25 / 100) / 100)
+    assert found.margin == pytest.approx(1.644854 * sqrt(10 - 25 / 102) / 102)
     assert found.trials == (2, 3)
 
 

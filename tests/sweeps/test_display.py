@@ -127,7 +127,7 @@ def test_of_several_objectives_each_has_a_best_value_and_no_trial_is_the_best() 
 
     assert begun.best == (0.9, 1000.0)
     assert begun.best_trial is None
-    assert begun.best_text == "best val_accuracy 0.9000, parameters 1,000"
+    assert begun.best_text == "best of each alone: val_accuracy 0.9000, parameters 1,000"
     assert begun.metrics == {
         "best_val_accuracy": 0.9,
         "best_parameters": 1000.0,
@@ -314,9 +314,9 @@ def test_the_name_of_a_run_tells_its_settings_in_few_letters(
 def test_importances_are_bars_with_their_shares() -> None:
     shares = {"optimizer.learning_rate": 0.75, "model.dropout_rate": 0.25}
 
-    title, *rows = rendered(importance_table(shares, "val_accuracy"))
+    title, *rows = rendered(importance_table(shares, "val_accuracy", 7))
 
-    assert title.strip() == "What val_accuracy depends on"
+    assert title.strip() == "What val_accuracy depends on, by 7 complete trials"
     assert [row.split()[0] for row in rows] == [*shares]
     assert [row.split()[-1] for row in rows] == ["0.75", "0.25"]
     assert len(set(map(len, rows))) == 1

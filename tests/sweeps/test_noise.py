@@ -74,12 +74,12 @@ class Shelf:
 @pytest.mark.parametrize(
     ("counts", "error"),
     [
-        ((80, 8, 2, 10), 0.031048349),  # sqrt(10 - 36 / 100) / 100
-        ((80, 2, 8, 10), 0.031048349),
-        ((90, 5, 5, 0), 0.031622777),
-        ((0, 100, 0, 0), 0.0),  # always better, by the same
-        ((100, 0, 0, 0), 0.0),
-        ((0, 0, 0, 1), 0.0),
+        ((80, 8, 2, 10), 0.031990031),  # sqrt(11 - 36 / 102) / 102
+        ((80, 2, 8, 10), 0.031990031),
+        ((90, 5, 5, 0), 0.032515929),
+        ((0, 100, 0, 0), 0.016869539),  # always better, by the same
+        ((100, 0, 0, 0), 0.009803922),  # sqrt(1) / 102: alike on these images
+        ((0, 0, 0, 1), 0.333333333),
     ],
 )
 def test_on_the_same_images_the_error_of_two_accuracies_is_known(
@@ -91,16 +91,16 @@ def test_on_the_same_images_the_error_of_two_accuracies_is_known(
 
 
 @given(*[st.integers(0, 200)] * 3, st.integers(1, 200))
-def test_on_the_same_images_it_is_that_of_mcnemars_test(
+def test_on_the_same_images_it_is_that_of_agresti_and_min(
     both: int, first: int, second: int, none: int
 ) -> None:
     one, other = pair(both, first, second, none)
-    images = both + first + second + none
+    images = both + first + second + none + 2
 
-    variance = first + second - (first - second) ** 2 / images
+    variance = first + second + 1 - (first - second) ** 2 / images
 
     assert standard_error("val_accuracy", one, other) == pytest.approx(
-        sqrt(max(variance, 0.0)) / images, abs=1e-9
+        sqrt(variance) / images, abs=1e-9
     )
 
 
@@ -131,9 +131,9 @@ def test_the_error_is_that_of_the_difference_either_way(objective: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other", "error"),
     [
-        (unread(0.9, 100), unread(0.8, 400), 0.036055513),  # sqrt(0.09 / 100 + 0.16 / 400)
-        (unread(0.5, 50), unread(0.5, 50), 0.1),
-        (unread(1.0, 10), unread(0.0, 10), 0.0),
+        (unread(0.9, 100), unread(0.8, 400), 0.036653741),  # of 91 in 102, 321 in 402
+        (unread(0.5, 50), unread(0.5, 50), 0.098058068),
+        (unread(1.0, 10), unread(0.0, 10), 0.112833867),  # sqrt(2 * 11 / 12 * 1 / 12 / 12)
     ],
 )
 def test_without_predictions_the_error_of_two_accuracies_is_binomial(
@@ -170,7 +170,13 @@ UNPAIRED = [
 def test_predictions_that_lack_or_are_of_other_images_are_not_paired(
     one: Score, other: Score
 ) -> None:
-    binomial = sqrt(0.16 / one.images + 0.16 / other.images)
+    fractions = [(0.8 * each.images + 1) / (each.images + 2) for each in (one, other)]
+    binomial = sqrt(
+        sum(
+            fraction * (1 - fraction) / (each.images + 2)
+            for fraction, each in zip(fractions, (one, other), strict=True)
+        )
+    )
 
     assert not are_paired(one, other)
     assert standard_error("val_accuracy", one, other) == pytest.approx(binomial)
@@ -303,9 +309,16 @@ def test_accuracies_of_an_unknown_number_of_images_do_not_tie() -> None:
 @pytest.mark.parametrize(("wider", "expected"), [(-1e-4, [1, 2]), (1e-4, [1, 1])])
 def test_the_confidence_decides_where_a_tie_ends(wider: float, expected: list[int]) -> None:
     one, other = pair(both=80, first=8, second=2, none=10)
-    enough = 2 * NormalDist().cdf(0.06 / 0.031048349) - 1  # the interval ends at 0
+    enough = 2 * NormalDist().cdf(0.06 / 0.031990031) - 1  # the interval ends at 0
 
     assert ranks("val_accuracy", [one, other], enough + wider) == expected
+
+
+def test_a_handful_of_images_makes_no_rank() -> None:
+    """McNemar's exact test gives 0.125."""
+    one, other = pair(both=230, first=4, second=0, none=6)
+
+    assert ranks("val_accuracy", [one, other], 0.95) == [1, 1]
 
 
 def test_paired_differences_tell_apart_what_binomial_ones_do_not() -> None:
