@@ -99,8 +99,14 @@ class Progress:
         pairs = zip(self.objectives, best, trial.values, strict=True)
         better = {"maximize": max, "minimize": min}
         self.best = tuple(better[OBJECTIVES[name]](pair) for name, *pair in pairs)
-        if len(self.objectives) == 1 and (self.best != best or self.best_trial is None):
+        if len(self.objectives) == 1 and self._is_best(trial, best):
             self.best_trial = trial.number
+
+    def _is_best(self, trial: FrozenTrial, before: tuple[float, ...]) -> bool:
+        """Of equal ones, the first that was asked, as Optuna has it."""
+        if self.best_trial is None or self.best != before:
+            return True
+        return trial.values[0] == before[0] and trial.number < self.best_trial
 
     @property
     def metrics(self) -> dict[str, float]:
