@@ -142,10 +142,11 @@ def publish(
         from sweeps.report import build_report
 
         board, shares = read_board(parent), importances(study)
-        facts = _facts(plan, study, progress, command, baseline(plan, study, board))
+        lines = [progress.counts, progress.best_text, baseline(plan, study, board)]
+        facts = _facts(plan, study, command, lines)
         parent.describe(sweep_note(parent, board, facts))
         page = build_report(study, plan.config.sweep.objectives, board, shares, facts)
-        parent.log_text(without_password(page), REPORT)
+        parent.log_text(page, REPORT)
     except Exception as error:  # a picture is not worth a sweep
         reason = without_password(" ".join(f"{type(error).__name__}: {error}".split()))
         log.warning("the report is not refreshed: %s", reason)
@@ -172,30 +173,32 @@ def baseline(plan: Plan, study: optuna.Study, board: Board | None) -> str:
     run_id = found[0].user_attrs.get("run_id")
     if not (board and run_id):
         return text
-    gain, margin = gain_over(board, read_run(run_id), board.best[0])
+    try:
+        run = read_run(run_id)
+    except ValueError:  # it was deleted for good
+        return text
+    gain, margin = gain_over(board, run, board.best[0])
     if not gain:
         return f"{text}, which nothing surpassed."
     return f"{text}; the best is {number(gain)} better{weigh(gain, margin, board)}."
 
 
-def _facts(
-    plan: Plan, study: optuna.Study, progress: Progress, command: str, baseline: str
-) -> Facts:
+def _facts(plan: Plan, study: optuna.Study, command: str, lines: Sequence[str]) -> Facts:
     from sweeps.report import Facts
 
     config = plan.config
     return Facts(
         title=f"Sweep {study.study_name}",
         what=what(plan),
-        lines=[line for line in (progress.counts, progress.best_text, baseline) if line],
-        space=plan.declarations,
+        lines=list(filter(None, lines)),
+        space={name: without_password(text) for name, text in plan.declarations.items()},
         data=f"{config.data.name}, {json.loads(study.user_attrs['identity'])['data']}",
         seeds={
             "sweep.seed": config.sweep.seed,
             "seed": config.seed,
             "data.split_seed": config.data.split_seed,
         },
-        command=command,
+        command=without_password(command),
         repeat=[
             (trial.number, plan.command(trial.params)) for trial in best_trials(study)[:REPEATED]
         ],
