@@ -148,13 +148,13 @@ def _pictures(
 def _results(study: optuna.Study, objectives: Sequence[str]) -> Iterator[Picture]:
     if len(objectives) in (2, 3):  # more have no picture
         front = plots.plot_pareto_front(study, target_names=list(objectives))
+        for trace in front.data:  # by what they are, not by when they were
+            color = COLORS["FAIL" if "Best Trial" in str(trace.hovertemplate) else "COMPLETE"]
+            trace.marker.update(color=color, showscale=False)
         if len(objectives) == 2:
-            log = [name for name in objectives if name in SIZES]
-            front.update_layout(
-                xaxis_type="log" if objectives[0] in log else "linear",
-                yaxis_type="log" if objectives[1] in log else "linear",
-            )
-        caption = "In red the trials that no other beats in one objective and equals in all."
+            front.update_xaxes(type="log" if objectives[0] in SIZES else "linear")
+            front.update_yaxes(type="log" if objectives[1] in SIZES else "linear")
+        caption = "In red the front: no other trial is better in one objective and as good in all."
         yield _picture("Pareto front", caption, front)
     figure = plots.plot_optimization_history(of_first_objective(study), target_name=objectives[0])
     caption = f"{objectives[0]} of each complete trial, and the best so far."

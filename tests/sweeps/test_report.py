@@ -307,6 +307,21 @@ def test_several_objectives_have_a_pareto_front_with_each_on_an_axis(
     assert next(iter(figures)) == "Pareto front"
 
 
+def test_the_front_alone_is_red_and_parameters_have_a_logarithmic_axis() -> None:
+    named = ("val_accuracy", "parameters")
+    values = [(0.9, 5_000.0), (0.8, 900.0), (0.7, 2_000.0), (0.6, 90_000.0)]
+
+    figure = report([complete(ONE, *each) for each in values], named).figures["Pareto front"]
+
+    points = {
+        trace["marker"]["color"]: sorted(zip(trace["x"], trace["y"], strict=True))
+        for trace in figure["data"]
+    }
+    assert points["#d62728"] == [(0.8, 900.0), (0.9, 5_000.0)]
+    assert points["#1f77b4"] == [(0.6, 90_000.0), (0.7, 2_000.0)]
+    assert figure["layout"]["yaxis"]["type"] == "log"
+
+
 def test_four_objectives_are_drawn_too() -> None:
     page = report(many(10, objectives=4), NAMES)
 
