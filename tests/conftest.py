@@ -23,6 +23,11 @@ from tests.served import CHROMIUM, DRIVER, open_browser
 POSTGRESQL = Path("/usr/lib/postgresql/15/bin")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole sweeps come first: on several cores, the longest module must not be the last."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """Ctrl-C reaches the tests and what they start, also where a shell's `&` had it ignored."""
