@@ -117,13 +117,13 @@ def sweep_note(parent: Run, board: Board | None, facts: Facts) -> str:
     return "\n\n".join([see, facts.what, go_on, listed])
 
 
-def read_board(parent: Run, *, limit: int = ROWS) -> Board | None:
+def read_board(parent: Run) -> Board | None:
     """The best trials of the sweep, ranked; None before the first is complete."""
     from pipeline.store import read_run
     from sweeps.board import UnrankedError, load_board
 
     try:
-        return load_board([read_run(parent.run_id)], limit=limit)
+        return load_board([read_run(parent.run_id)], limit=ROWS)
     except UnrankedError:
         return None
 
