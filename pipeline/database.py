@@ -66,15 +66,20 @@ def analyze(path: Path) -> None:
 
 
 @contextmanager
-def alone(uri: str) -> Iterator[None]:
-    """Inside, no other process is inside for the same PostgreSQL database, for its first use.
+def alone(uri: str, key: str = "digit-sweeps") -> Iterator[None]:
+    """Inside, no other process is inside for the same PostgreSQL database; others wait.
 
     The lock is the database's own, and ends with its connection.
+
+    Args:
+        uri: Of any database; only of one on PostgreSQL anything is locked.
+        key: What is locked; unless given, the database's first use.
     """
     if not uri.startswith("postgresql"):
         yield
         return
     engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
     with engine.connect() as connection:
-        connection.execute(sqlalchemy.text("SELECT pg_advisory_lock(hashtext('digit-sweeps'))"))
+        lock = sqlalchemy.text("SELECT pg_advisory_lock(hashtext(:key))")
+        connection.execute(lock, {"key": key})
         yield

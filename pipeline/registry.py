@@ -1,0 +1,401 @@
+"""Promoted models: versions, the aliases `champion` and `challenger`, the ledger, loading them.
+
+The alias `champion` says which version is in use. It is moved last, so whatever breaks off leaves
+the old champion in place. MLflow keeps no history of aliases: each move is written down before it
+is made, as a tag of the registered model whose name is its time. A line whose move never happened
+shows by what follows it, and is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+import numpy as np
+import yaml
+from filelock import FileLock
+from mlflow.exceptions import MlflowException
+
+from pipeline.config import without_password
+from pipeline.database import alone, sqlite_path
+
+if TYPE_CHECKING:  # or TensorFlow is imported
+    import keras
+
+    from pipeline.data import Array
+    from pipeline.store import Recorded
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+_LINE = "ledger."  # what the tags begin with that are lines of the ledger
+
+# All that a model of ours consists of. Anything else could be code: a pickle, a module.
+_FILES = {
+    "MLmodel",
+    "conda.yaml",
+    "python_env.yaml",
+    "requirements.txt",
+    "input_example.json",
+    "serving_input_example.json",
+    "registered_model_meta",
+    "data/keras_module.txt",
+    "data/save_format.txt",
+    "data/model.keras",
+}
+_KERAS = ("keras", "tensorflow.keras")  # modules that MLflow may load it with
+
+
+class RefusedModelError(ValueError):
+    """A model is not what this pipeline saves, and is not loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A registered version of a model.
+
+    Attributes:
+        name: Of the registered model.
+        number: Of the version, from 1.
+        run_id: Run that trained it.
+        aliases: `champion`, `challenger` or what others set.
+        tags: All of them.
+        created: When, in UTC.
+    """
+
+    name: str
+    number: int
+    run_id: str
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+    created: datetime
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.number}"
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """A line of the ledger: which version became champion, and why.
+
+    Attributes:
+        at: When, in UTC, ISO 8601.
+        action: `promote` or `rollback`.
+        version: The champion from then on.
+        replaced: The champion until then; None for the first.
+        run_id: Run that trained the version.
+        promotion: Run of the promotion, which has the evidence; empty for a rollback.
+        evidence: In one line.
+        happened: Whether the alias was moved.
+    """
+
+    at: str
+    action: str
+    version: int
+    replaced: int | None
+    run_id: str
+    promotion: str
+    evidence: str
+    happened: bool = True
+
+
+# --- versions ----------------------------------------------------------------------------
+
+
+def registered_models() -> list[str]:
+    """Names of all registered models."""
+    return [found.name for found in mlflow.MlflowClient().search_registered_models()]
+
+
+def find_version(name: str | None, alias: str = CHAMPION) -> Version:
+    """The version with an alias.
+
+    Args:
+        name: Of the registered model; None: the only one there is.
+        alias: `champion` or `challenger`.
+
+    Raises:
+        ValueError: There is none, or the name does not say which.
+    """
+    known = registered_models()
+    if not known:
+        raise ValueError("no model is promoted here: run python -m sweeps.promote.")
+    if name is None and len(known) > 1:
+        raise ValueError(f"model= must say which of {', '.join(known)}.")
+    chosen = name or known[0]
+    if chosen not in known:
+        raise ValueError(f"model={chosen}: no such model is promoted, only {', '.join(known)}.")
+    found = version_of(chosen, alias)
+    if found is None:
+        raise ValueError(f"model={chosen} has no {alias}: run python -m sweeps.promote.")
+    return found
+
+
+def version_of(name: str, alias: str = CHAMPION) -> Version | None:
+    """The version with an alias; None where there is none, or no such model."""
+    client = mlflow.MlflowClient()
+    try:
+        number = client.get_registered_model(name).aliases.get(alias)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return None if number is None else read_version(name, int(number))
+
+
+def read_version(name: str, number: int) -> Version:
+    """One version.
+
+    Raises:
+        ValueError: There is none of this number.
+    """
+    client = mlflow.MlflowClient()
+    try:
+        found = client.get_model_version(name, str(number))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ValueError(f"model={name} has no version {number}.") from error
+    return _version(found)
+
+
+def _version(found: Any) -> Version:
+    return Version(
+        name=found.name,
+        number=int(found.version),
+        run_id=found.run_id,
+        aliases=tuple(found.aliases),
+        tags=dict(found.tags),
+        created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
+    )
+
+
+@contextmanager
+def deciding(uri: str, name: str, folder: Path) -> Iterator[None]:
+    """Inside, no other process decides about a model; others wait.
+
+    The lock ends with the process. With an MLflow server it holds on this machine only.
+
+    Args:
+        uri: Of the tracking store.
+        name: Of the registered model.
+        folder: Of the local store.
+    """
+    path = sqlite_path(uri)
+    if uri.startswith("postgresql"):
+        with alone(uri, f"digit-sweeps promote {name}"):
+            yield
+        return
+    where = path.parent if path else folder
+    where.mkdir(parents=True, exist_ok=True)
+    with FileLock(where / f".promote-{name}.lock"):
+        yield
+
+
+def register(name: str, run: Recorded, card: str, tags: Mapping[str, object]) -> Version:
+    """The version of a run's model: the one there is, or a new one. Its card and tags are set.
+
+    Args:
+        name: Of the registered model, created when missing.
+        run: Finished.
+        card: Model card, in Markdown.
+        tags: Set on the version.
+
+    Raises:
+        ValueError: The run has no model.
+    """
+    client = mlflow.MlflowClient()
+    with _unless_existing():
+        client.create_registered_model(name)
+    shown = {key: without_password(str(value)) for key, value in tags.items()}
+    card = without_password(card)
+    found = _of_run(name, run.run_id)
+    if found is None:
+        model_id = logged_model(run)
+        client.create_model_version(
+            name,
+            f"models:/{model_id}",
+            run_id=run.run_id,
+            tags=shown,
+            description=card,
+            model_id=model_id,
+        )
+        found = _of_run(name, run.run_id)  # the first, where another machine was as fast
+        assert found is not None
+    client.update_model_version(name, str(found.number), card)
+    for key, value in shown.items():
+        client.set_model_version_tag(name, str(found.number), key, value)
+    return read_version(name, found.number)
+
+
+@contextmanager
+def _unless_existing() -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _of_run(name: str, run_id: str) -> Version | None:
+    """The run's first version."""
+    found = mlflow.MlflowClient().search_model_versions(f"name='{name}' and run_id='{run_id}'")
+    return min(map(_version, found), key=lambda version: version.number, default=None)
+
+
+def logged_model(run: Recorded) -> str:
+    """Id of the model that a run saved.
+
+    Raises:
+        ValueError: It has none.
+    """
+    found = mlflow.MlflowClient().search_logged_models(
+        [run.experiment_id], f"source_run_id = '{run.run_id}'"
+    )
+    ready = [model.model_id for model in found if str(model.status) == "READY"]
+    if not ready:
+        raise ValueError(f"run={run.run_id} ({run.name}) has no model.")
+    return str(ready[0])
+
+
+def set_alias(version: Version, alias: str) -> None:
+    """Moves an alias; one that stands there already stays."""
+    client = mlflow.MlflowClient()
+    if client.get_registered_model(version.name).aliases.get(alias) != str(version.number):
+        client.set_registered_model_alias(version.name, alias, str(version.number))
+
+
+def delete_alias(name: str, alias: str) -> None:
+    mlflow.MlflowClient().delete_registered_model_alias(name, alias)
+
+
+# --- the ledger --------------------------------------------------------------------------
+
+
+def read_ledger(name: str) -> list[Move]:
+    """All lines, the oldest first."""
+    try:
+        model = mlflow.MlflowClient().get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return []
+    lines = sorted(item for item in model.tags.items() if item[0].startswith(_LINE))
+    moves = [Move(at=key.removeprefix(_LINE), **json.loads(text)) for key, text in lines]
+    champion = model.aliases.get(CHAMPION)
+    # What the next line found to be champion, after the last line the alias itself.
+    found = [*(move.replaced for move in moves[1:]), champion and int(champion)]
+    return [
+        replace(move, happened=move.version == after)
+        for move, after in zip(moves, found, strict=False)  # no lines: one too many
+    ]
+
+
+def move_champion(version: Version, *, action: str, promotion: str, evidence: str) -> Move:
+    """Makes a version the champion: the line of the ledger first, the alias last.
+
+    A line that an interrupted move has left is used, not repeated.
+    """
+    champion, lines = version_of(version.name), read_ledger(version.name)
+    move = Move(
+        at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
+        action=action,
+        version=version.number,
+        replaced=champion.number if champion else None,
+        run_id=version.run_id,
+        promotion=promotion,
+        evidence=without_password(evidence),
+    )
+    last = lines[-1] if lines else None
+    if last and not last.happened and (last.action, last.version) == (action, version.number):
+        move = replace(move, at=last.at)
+    line = {name: value for name, value in asdict(move).items() if name not in ("at", "happened")}
+    client = mlflow.MlflowClient()
+    client.set_registered_model_tag(version.name, f"{_LINE}{move.at}", json.dumps(line))
+    client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
+    return move
+
+
+def previous_champion(name: str) -> int | None:
+    """Version that a rollback leads to: what was champion before the present one was promoted.
+
+    A rollback takes a promotion back, so two of them lead two promotions back.
+    """
+    champions: list[int | None] = []
+    for move in read_ledger(name):
+        if move.happened and move.action == "promote":
+            if not champions:
+                champions.append(move.replaced)
+            champions.append(move.version)
+        elif move.happened and champions:
+            champions.pop()
+    return champions[-2] if len(champions) > 1 else None
+
+
+# --- the model itself --------------------------------------------------------------------
+
+
+def load_model(uri: str) -> keras.Model:
+    """Loads a model that this pipeline saved, and nothing that could run code.
+
+    Args:
+        uri: `models:/NAME@champion`, `models:/NAME/VERSION` or `models:/MODEL_ID`.
+
+    Returns:
+        A model from raw pixels `[batch, height, width]` to probabilities `[batch, num_classes]`.
+
+    Raises:
+        RefusedModelError: It has other files, or layers that contain code.
+    """
+    import keras
+
+    folder = fetch_model(uri)
+    try:
+        return keras.saving.load_model(
+            folder / "data" / "model.keras", compile=False, safe_mode=True
+        )
+    except Exception as error:  # a damaged or malicious file raises nearly everything
+        reason = " ".join(str(error).split())[:300]
+        raise RefusedModelError(f"{uri} is not loaded: {reason}") from error
+
+
+def fetch_model(uri: str) -> Path:
+    """Folder of a model's files, which are checked: from a server, a copy of them.
+
+    Raises:
+        RefusedModelError: It has other files than this pipeline saves, or was saved otherwise.
+    """
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RefusedModelError(f"{uri}: its files cannot be read: {reason}") from error
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    if strange := sorted(files - _FILES):
+        raise RefusedModelError(f"{uri} is not loaded: {strange[0]} is no file of a model of ours.")
+    try:
+        keras_module = (folder / "data" / "keras_module.txt").read_text(encoding="utf-8")
+        about = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+        served = about["flavors"]["python_function"]
+        loader, code = served["loader_module"], served.get("code")
+    except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise RefusedModelError(f"{uri} is not loaded: its description is damaged.") from error
+    # MLflow imports what these name, and puts the code on Python's path.
+    if keras_module not in _KERAS or loader != "mlflow.tensorflow" or code:
+        raise RefusedModelError(f"{uri} is not loaded: it was not saved by this pipeline.")
+    return folder
+
+
+def example_of(uri: str) -> Array:
+    """The input example of a model: `[n, height, width]`, raw pixels of its training images."""
+    folder = fetch_model(uri)
+    given = json.loads((folder / "serving_input_example.json").read_text(encoding="utf-8"))
+    return np.asarray(given["inputs"])
