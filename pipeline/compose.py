@@ -73,6 +73,23 @@ def to_config(cfg: DictConfig) -> RunConfig:
     return to_typed(cfg, RunConfig, VARIANTS)
 
 
+def from_settings(settings: Mapping[str, Any]) -> RunConfig:
+    """Types and checks the configuration of a run as it was recorded.
+
+    Raises:
+        ValueError: It does not fit this version: a key is unknown or missing, or its value has the
+            wrong type or range; or it refers to something else.
+    """
+    if "${" in str(settings):  # of the environment, say: a record has values alone
+        raise ValueError("it has an interpolation (${...}), which no run records.")
+    try:
+        return to_config(OmegaConf.create(dict(settings)))
+    except ValueError as error:
+        raise ValueError(str(error).partition(": set ")[0]) from error
+    except AttributeError as error:  # a section that is a value
+        raise ValueError(f"a section is damaged ({error}).") from error
+
+
 def to_typed(cfg: DictConfig, schema: type[T], variants: Variants) -> T:
     """Types and checks a composed configuration.
 
@@ -188,8 +205,8 @@ def run_cli(
 ) -> None:
     """Composes `conf/<config_name>.yaml` with the command line and calls `task`.
 
-    Every error ends in one line on standard error and a non-zero exit; `HYDRA_FULL_ERROR=1`
-    shows its traceback instead.
+    Every error ends in one line on standard error and a non-zero exit, of the error's
+    `exit_status` where it has one; `HYDRA_FULL_ERROR=1` shows its traceback instead.
 
     Args:
         config_name: Root of the configuration.
@@ -256,7 +273,7 @@ def _errors_in_one_line(config_name: str, tracebacks: bool, interrupted: str) ->
         print(f"Error: {without_password(explain(error, config_name))}", file=sys.stderr)
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             raise Reported from error  # the other jobs go on
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_status", 1))
 
 
 def explain(error: BaseException, config_name: str = "run") -> str:

@@ -19,6 +19,8 @@ INITIALIZERS = (
 LOADERS = ("arrays", "digits")
 SCHEDULES = ("constant", "cosine")
 COMPILE = ("auto", "always", "never")
+ALIASES = ("champion", "challenger")
+PREDICTION_FILES = (".csv", ".parquet")
 
 
 def check(rule_holds: bool, key: str, rule: str, value: object) -> None:
@@ -352,3 +354,73 @@ class UIConfig:
 
     def __post_init__(self) -> None:
         check(1024 <= self.port <= 65_000, "port", "in [1024, 65000]", self.port)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceConfig:
+    """Where the data of a recorded run is now: the section `data`.
+
+    Attributes:
+        path: File or folder; null: where the run found it.
+    """
+
+    path: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadsConfig:
+    """What may be otherwise in a repetition: its section `training`.
+
+    Attributes:
+        threads: Processor threads of TensorFlow; null: as many as the run had.
+    """
+
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            check(1 <= self.threads <= 1024, "training.threads", "in [1, 1024]", self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatConfig:
+    """A run to repeat. Defaults: `conf/repeat.yaml`.
+
+    Attributes:
+        run: Its id in MLflow.
+    """
+
+    tracking: TrackingConfig
+    training: ThreadsConfig
+    data: PlaceConfig
+    run: str | None
+
+    def __post_init__(self) -> None:
+        check(bool(self.run), "run", "the id of a recorded run", self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """What predicts, and where to. Defaults: `conf/predict.yaml`.
+
+    Attributes:
+        name: Of the registered model; null: the only one there is.
+        alias: One of `ALIASES`.
+        array: Name of the images in an `.npz` file; null: the usual names, or the only ones.
+        batch_size: Images at once, at least 1.
+        out: File of all predictions, as `PREDICTION_FILES` end; null: none.
+    """
+
+    tracking: TrackingConfig
+    name: str | None
+    alias: str
+    array: str | None
+    batch_size: int
+    out: str | None
+
+    def __post_init__(self) -> None:
+        check_choice("alias", self.alias, ALIASES)
+        check_at_least("batch_size", self.batch_size, 1)
+        endings = " or ".join(PREDICTION_FILES)
+        is_known = self.out is None or self.out.lower().endswith(PREDICTION_FILES)
+        check(is_known, "out", f"a file that ends in {endings}", self.out)

@@ -168,10 +168,15 @@ def compare_page(experiment_id: str, run_ids: Sequence[str]) -> str:
     return _page("compare-runs", **packed)
 
 
-def ui_command(run_id: str, overrides: list[str]) -> str:
+def ui_command(run_id: str, overrides: Sequence[str]) -> str:
     """The command that shows a run of the store that a command line chose."""
+    return store_command(overrides, "pipeline.ui", f"run={run_id}")
+
+
+def store_command(overrides: Sequence[str], module: str, *arguments: str) -> str:
+    """Another command on the store that a command line chose."""
     chosen = [each for each in overrides if each.lstrip("+").partition("=")[0] in CHOICE]
-    return without_password(shlex.join(["python", "-m", "pipeline.ui", f"run={run_id}", *chosen]))
+    return without_password(shlex.join(["python", "-m", module, *arguments, *chosen]))
 
 
 def _page(path: str, **query: str) -> str:

@@ -9,8 +9,8 @@ shows by what follows it, and is not counted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 
 from pipeline.config import without_password
 from pipeline.database import alone, sqlite_path
@@ -129,13 +130,13 @@ def find_version(name: str | None, alias: str = CHAMPION) -> Version:
     if not known:
         raise ValueError("no model is promoted here: run python -m sweeps.promote.")
     if name is None and len(known) > 1:
-        raise ValueError(f"model= must say which of {', '.join(known)}.")
+        raise ValueError(f"name= must say which of {', '.join(known)}.")
     chosen = name or known[0]
     if chosen not in known:
-        raise ValueError(f"model={chosen}: no such model is promoted, only {', '.join(known)}.")
+        raise ValueError(f"name={chosen}: no such model is promoted, only {', '.join(known)}.")
     found = version_of(chosen, alias)
     if found is None:
-        raise ValueError(f"model={chosen} has no {alias}: run python -m sweeps.promote.")
+        raise ValueError(f"name={chosen} has no {alias}: run python -m sweeps.promote.")
     return found
 
 
@@ -163,7 +164,7 @@ def read_version(name: str, number: int) -> Version:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise ValueError(f"model={name} has no version {number}.") from error
+        raise ValueError(f"name={name} has no version {number}.") from error
     return _version(found)
 
 
@@ -179,24 +180,20 @@ def _version(found: Any) -> Version:
 
 
 @contextmanager
-def deciding(uri: str, name: str, folder: Path) -> Iterator[None]:
-    """Inside, no other process decides about a model; others wait.
-
-    The lock ends with the process. With an MLflow server it holds on this machine only.
+def deciding(uri: str, name: str) -> Iterator[None]:
+    """Inside, no other process decides about a model; others wait. The lock ends with the process.
 
     Args:
-        uri: Of the tracking store.
+        uri: Of the database beside or in which the lock is.
         name: Of the registered model.
-        folder: Of the local store.
     """
     path = sqlite_path(uri)
-    if uri.startswith("postgresql"):
-        with alone(uri, f"digit-sweeps promote {name}"):
-            yield
-        return
-    where = path.parent if path else folder
-    where.mkdir(parents=True, exist_ok=True)
-    with FileLock(where / f".promote-{name}.lock"):
+    with ExitStack() as stack:
+        if path is None:
+            stack.enter_context(alone(uri, f"digit-sweeps promote {name}"))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path.with_name(f".registry-{name}.lock")))
         yield
 
 
@@ -367,6 +364,24 @@ def load_model(uri: str) -> keras.Model:
         raise RefusedModelError(f"{uri} is not loaded: {reason}") from error
 
 
+def load_served(uri: str) -> Callable[[Array], Array]:
+    """Loads a model as `mlflow models serve` does, once its files are checked.
+
+    Returns:
+        Raw pixels `[batch, height, width]` to probabilities `[batch, num_classes]`.
+
+    Raises:
+        RefusedModelError: As `load_model`.
+    """
+    folder = fetch_model(uri)
+    try:
+        model = mlflow.pyfunc.load_model(str(folder))
+    except Exception as error:  # a damaged or malicious file raises nearly everything
+        reason = " ".join(str(error).split())[:300]
+        raise RefusedModelError(f"{uri} is not loaded: {reason}") from error
+    return lambda images: np.asarray(model.predict(images))
+
+
 def fetch_model(uri: str) -> Path:
     """Folder of a model's files, which are checked: from a server, a copy of them.
 
@@ -398,4 +413,5 @@ def example_of(uri: str) -> Array:
     """The input example of a model: `[n, height, width]`, raw pixels of its training images."""
     folder = fetch_model(uri)
     given = json.loads((folder / "serving_input_example.json").read_text(encoding="utf-8"))
-    return np.asarray(given["inputs"])
+    dtype = Model.load(str(folder)).signature.inputs.numpy_types()[0]  # JSON has plain numbers
+    return np.asarray(given["inputs"], dtype)

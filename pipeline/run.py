@@ -124,7 +124,7 @@ def execute_run(
         metrics = {**history.summary, "parameters": model.count_params()}
         judged = None
         if config.evaluate_test:
-            looked, judged = _look(run, model, data)
+            looked, judged = look_at_test(run, model, data)
             metrics |= looked
         if data.validation:
             judged = evaluate(model, data.validation)
@@ -144,7 +144,7 @@ def execute_run(
     )
 
 
-def _look(run: Run, model: keras.Model, data: Data) -> tuple[Metrics, Evaluation]:
+def look_at_test(run: Run, model: keras.Model, data: Data) -> tuple[Metrics, Evaluation]:
     """Looks at the test split, and counts it before: no look goes uncounted."""
     from pipeline.evaluate import evaluate_test
 
@@ -180,7 +180,7 @@ def _outcome(metrics: Metrics) -> list[str]:
 
 
 @contextmanager
-def _progress(config: RunConfig) -> Iterator[EpochHook]:
+def progress(config: RunConfig) -> Iterator[EpochHook]:
     """A hook that shows each epoch: a bar on a terminal, lines elsewhere."""
     epochs = config.training.epochs
 
@@ -190,12 +190,12 @@ def _progress(config: RunConfig) -> Iterator[EpochHook]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task("training", total=epochs)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("training", total=epochs)
 
         def show(epoch: int, metrics: Metrics) -> None:
-            progress.update(task, completed=epoch)
-            progress.console.print(line(epoch, metrics))
+            bar.update(task, completed=epoch)
+            bar.console.print(line(epoch, metrics))
 
         yield show
 
@@ -223,7 +223,7 @@ def main(config: RunConfig, overrides: list[str]) -> None:
     command = shlex.join(["python", "-m", "pipeline.run", *overrides])
     with console.status("starting TensorFlow and MLflow"):
         start_libraries()
-    with _progress(config) as show:
+    with progress(config) as show:
         result = execute_run(config, command, on_epoch_end=show)
     _print_result(result, without_password(command), overrides)
 

@@ -17,6 +17,7 @@ from zipfile import BadZipFile
 import mlflow
 import numpy as np
 import numpy.typing as npt
+import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -31,6 +32,7 @@ RESERVE_BYTES = 256 * 1024  # many times what the end of a run writes to the dat
 PAGE = 500  # runs read at once
 NOTE = "mlflow.note.content"  # Markdown that the UI shows on top of a run
 PREDICTIONS = "predictions/validation.npz"
+SETTINGS = "config.yaml"  # of a run, whole
 
 # What goes wrong with a store, not with a run: a full disk, a locked database, no server.
 STORE_ERRORS = (OSError, MlflowException, SQLAlchemyError)
@@ -305,6 +307,22 @@ def read_predictions(run: Recorded) -> Predictions | None:
     return None
 
 
+def read_settings(run: Recorded) -> dict[str, Any]:
+    """The configuration of a run, as `config.yaml` has it.
+
+    Raises:
+        ValueError: It was deleted, or damaged.
+    """
+    try:
+        with _artifact(run, SETTINGS) as path:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (*STORE_ERRORS, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"run {run.run_id} ({run.name}) has no readable {SETTINGS}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"run {run.run_id} ({run.name}): its {SETTINGS} is damaged.")
+    return settings
+
+
 @contextmanager
 def _artifact(run: Recorded, name: str) -> Iterator[Path]:
     """A file of a run; from a server, a copy of it."""
@@ -319,3 +337,23 @@ def _artifact(run: Recorded, name: str) -> Iterator[Path]:
 def save_view(experiment_id: str, key: str, view: View) -> None:
     """Keeps a view of an experiment's runs, for `pipeline.pages.runs_page`."""
     mlflow.MlflowClient().set_experiment_tag(experiment_id, f"{_VIEW}{key}", view.text)
+
+
+def read_history(run_id: str, names: Sequence[str]) -> dict[str, dict[int, float]]:
+    """Value by step of each of these metrics, in this order."""
+    client = mlflow.MlflowClient()
+    return {
+        name: {metric.step: metric.value for metric in client.get_metric_history(run_id, name)}
+        for name in names
+    }
+
+
+def read_splits(run_id: str) -> dict[str, str]:
+    """Digest of each split that a run was given, by its name."""
+    inputs = mlflow.MlflowClient().get_run(run_id).inputs
+    return {
+        tag.value: given.dataset.digest
+        for given in (inputs.dataset_inputs if inputs else ())
+        for tag in given.tags
+        if tag.key == MLFLOW_DATASET_CONTEXT
+    }

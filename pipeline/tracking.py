@@ -46,7 +46,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_I
 from pipeline.config import RunConfig, flatten, without_password
 from pipeline.endings import DivergedError, StopRun
 from pipeline.pages import run_page
-from pipeline.store import NOTE, PREDICTIONS, Store, open_store
+from pipeline.store import NOTE, PREDICTIONS, SETTINGS, Store, open_store
 
 if TYPE_CHECKING:  # or TensorFlow is imported, or what takes a second
     import keras
@@ -328,7 +328,7 @@ def log_inputs(
     client = mlflow.MlflowClient()
     client.log_batch(run.run_id, params=parameters)
     text = yaml.safe_dump(settings, sort_keys=False, width=1_000)
-    client.log_text(run.run_id, without_password(text), "config.yaml")
+    client.log_text(run.run_id, without_password(text), SETTINGS)
     datasets = [
         DatasetInput(
             _dataset(config.data.name, split, data.source),

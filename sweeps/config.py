@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pipeline.config import (
     OPTIMIZERS,
+    PlaceConfig,
     RunConfig,
     TrackingConfig,
     check,
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, Direction] = {
 }
 QMC_TYPES = ("sobol", "halton")
 FORMATS = ("table", "csv", "json")  # of a leaderboard
+RULES = ("superiority", "non_inferiority")  # by which a challenger takes the place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,3 +422,81 @@ class LeaderboardConfig:
         """The format, also where it is not given."""
         ending = (self.out or "").rpartition(".")[2]
         return self.format or (ending if ending in FORMATS else "table")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """How a promotion decides: the section `promote`. Defaults: `conf/promote.yaml`.
+
+    Attributes:
+        top: Trials of the sweep, the best by validation, that are trained again.
+        seeds: Fresh ones, each trained with by each of these trials.
+        rule: `superiority`: better than the champion; `non_inferiority`: smaller and not worse.
+        significance: Chance to find a model better that is not, in (0, 0.5).
+        margin: Accuracy that a smaller model may lack, a fraction in [0, 1).
+        floor: Accuracy on the test split that every champion has, a fraction.
+    """
+
+    top: int
+    seeds: list[int]
+    rule: str
+    significance: float
+    margin: float
+    floor: float
+
+    def __post_init__(self) -> None:
+        check_at_least("promote.top", self.top, 1)
+        check(
+            bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
+            "promote.seeds",
+            "a list of seeds that differ",
+            self.seeds,
+        )
+        for seed in self.seeds:
+            check(0 <= seed < 2**32, "promote.seeds", "of seeds in [0, 2**32)", seed)
+        check_choice("promote.rule", self.rule, RULES)
+        check(
+            0 < self.significance < 0.5,
+            "promote.significance",
+            "in (0, 0.5)",
+            self.significance,
+        )
+        check(0 <= self.margin < 1, "promote.margin", "in [0, 1)", self.margin)
+        check(0 <= self.floor <= 1, "promote.floor", "in [0, 1]", self.floor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromotionConfig:
+    """What is promoted, or what else is done with the champion. Defaults: `conf/promote.yaml`.
+
+    Attributes:
+        run: Id of a single run to promote, instead of a sweep.
+        name: Of the registered model; null: that of the data set, or the only one there is.
+        rollback: Whether to make the previous champion the champion again instead.
+        history: Whether to show the ledger instead.
+        data: Where the data is now.
+    """
+
+    tracking: TrackingConfig
+    executor: ExecutorConfig
+    sweep: ChosenConfig
+    run: str | None
+    name: str | None
+    rollback: bool
+    history: bool
+    data: PlaceConfig
+    promote: GateConfig
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            check_name("name", self.name)
+        check(len(self.sweep.names) < 2, "sweep.name", "one name or null", self.sweep.name)
+        asked = {
+            "run": self.run is not None,
+            "sweep.name": bool(self.sweep.names),
+            "rollback": self.rollback,
+            "history": self.history,
+        }
+        given = [name for name, is_given in asked.items() if is_given]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} exclude each other: give one of them.")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import optuna
@@ -18,13 +16,14 @@ from coolname import generate_slug
 from optuna.trial import TrialState
 
 from pipeline import fast_imports
-from pipeline.compose import Terminated, run_cli
+from pipeline.compose import run_cli
 from pipeline.config import without_password
-from pipeline.pages import ui_command
+from pipeline.pages import store_command, ui_command
 from sweeps import dry_run
 from sweeps.config import VARIANTS, SweepConfig
 from sweeps.display import Display, Progress, importance_table, open_console
 from sweeps.executors import LocalExecutor
+from sweeps.interruption import held_signals, interruption
 from sweeps.launcher import Launcher
 from sweeps.leaderboard import board_table
 from sweeps.parent import baseline, open_parent, publish, read_board
@@ -102,7 +101,7 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
             from pipeline.data import load
             from pipeline.store import open_store
         data = load(plan.config.data)
-        received = stack.enter_context(_held_signals(command))
+        received = stack.enter_context(held_signals(console, command))
         study = open_study(name, open_storage(storage), plan.config.sweep.directions)
         check_identity(study, {**plan.identity, "data": _digest(data)})
         parent = open_parent(plan, study, open_store(plan.config.tracking), data, command)
@@ -157,38 +156,13 @@ def _count_workers(plan: Plan, name: str, storage: str) -> int:
     return min(plan.workers, plan.trials - progress.finished)
 
 
-@contextmanager
-def _held_signals(command: str) -> Iterator[list[int]]:
-    """Collects the first Ctrl-C or SIGTERM; a second one interrupts at once."""
-    received: list[int] = []
-
-    def hold_back(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise _interruption(number, f"Stopped at once. Go on with: {command}")
-        console.print("Stopping at the end of the batch; once more to stop at once.")
-
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, hold_back) for number in handled}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interruption(number: int, message: str) -> KeyboardInterrupt:
-    kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-    return kind(message)
-
-
 def _conclude(launcher: Launcher, command: str) -> None:
     """Ends the sweep's run, and says what came out or how to go on."""
     parent, progress = launcher.parent, launcher.progress
     go_on = f"Go on with: {command}"
     if launcher.received:
         parent.end("KILLED")
-        raise _interruption(launcher.received[0], f"Stopped after {progress.counts}. {go_on}")
+        raise interruption(launcher.received[0], f"Stopped after {progress.counts}. {go_on}")
     if launcher.broken:
         parent.end("FAILED", error=launcher.broken)
         raise SweepFailedError(f"{launcher.broken} Stopped after {progress.counts}. {go_on}")
@@ -241,6 +215,9 @@ def _print_result(
         console.print(
             f"Repeat trial {trial.number}, and look at the test split: {plan.command(trial.params)}"
         )
+    if best_trials(study):
+        name = f"sweep.name={study.study_name}"
+        console.print(f"Promote it: {store_command(plan.overrides, 'sweeps.promote', name)}")
     see = parent.address or ui_command(parent.run_id, plan.overrides)
     console.print(f"See the report, the trials and charts of them: {see}")
 

@@ -73,14 +73,19 @@ def open_storage(uri: str) -> RDBStorage:
 
 
 @contextmanager
-def hold(name: str, uri: str) -> Iterator[None]:
+def hold(name: str, uri: str, work: str = "sweep") -> Iterator[None]:
     """Inside, no other launcher runs this sweep. The lock ends with the process, however it ends.
+
+    Args:
+        name: Of the sweep.
+        uri: Of the database beside or in which the lock is.
+        work: Of which kind it is; of each, names are their own.
 
     Raises:
         HeldError: Another launcher holds it; the message says which.
     """
     path = sqlite_path(uri)
-    with _hold_on_server(name, uri) if path is None else _hold_file(name, path.parent):
+    with _hold_on_server(name, uri, work) if path is None else _hold_file(name, path.parent, work):
         yield
 
 
@@ -89,16 +94,16 @@ def _me() -> str:
 
 
 @contextmanager
-def _hold_file(name: str, folder: Path) -> Iterator[None]:
+def _hold_file(name: str, folder: Path, work: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
-    lock, holder = folder / f".sweep-{name}.lock", folder / f".sweep-{name}.holder"
+    lock, holder = folder / f".{work}-{name}.lock", folder / f".{work}-{name}.holder"
     held = FileLock(lock)
     try:
         held.acquire(timeout=0)
     except Timeout:
         time.sleep(0.2)  # who has just taken it writes its name
         by = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
-        raise HeldError(f"sweep.name={name} is being run by {by}.") from None
+        raise HeldError(f"{work}.name={name} is being run by {by}.") from None
     with held:
         new = holder.with_suffix(f".{os.getpid()}.tmp")
         new.write_text(_me(), encoding="utf-8")
@@ -107,7 +112,7 @@ def _hold_file(name: str, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _hold_on_server(name: str, uri: str) -> Iterator[None]:
+def _hold_on_server(name: str, uri: str, work: str) -> Iterator[None]:
     """An advisory lock of PostgreSQL, whose connection says in its name who holds it."""
     engine = sqlalchemy.create_engine(
         uri,
@@ -115,7 +120,7 @@ def _hold_on_server(name: str, uri: str) -> Iterator[None]:
         isolation_level="AUTOCOMMIT",
         connect_args={"application_name": _me(), "keepalives_idle": 30},  # seconds
     )
-    key = {"key": f"digit-sweeps {name}"}
+    key = {"key": f"digit-sweeps {name}" if work == "sweep" else f"digit-sweeps {work} {name}"}
     with engine.connect() as connection:
         take = sqlalchemy.text("SELECT pg_try_advisory_lock(0, hashtext(:key))")
         if not connection.scalar(take, key):
@@ -129,7 +134,7 @@ def _hold_on_server(name: str, uri: str) -> Iterator[None]:
                 ),
                 key,
             )
-            raise HeldError(f"sweep.name={name} is being run by {by or 'another process'}.")
+            raise HeldError(f"{work}.name={name} is being run by {by or 'another process'}.")
         try:
             yield
         finally:  # now, not when the server notices that the connection is closed

@@ -1,8 +1,9 @@
-"""What a worker executes: one trial, as one run."""
+"""What a worker executes: one trial, or one training of a promotion, as one run."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,19 +27,15 @@ METRICS = {"val_accuracy": "saved_val_accuracy", "val_loss": "saved_val_loss"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A trial, as it is sent to a worker.
+class Training:
+    """A run, as it is sent to a worker.
 
     Attributes:
         config: Of the run.
         command: Command line that repeats it.
         run_id: Run in MLflow to record in.
         checkpoint: File that keeps the training after each epoch.
-        objectives: What is optimized.
-        storage: Address of the study's database.
-        study: Name of the study.
-        trial_id: Of the trial in that database.
-        pruner: Decides, with the study, whether the trial goes on.
+        objectives: What its outcome tells.
     """
 
     config: RunConfig
@@ -46,6 +43,19 @@ class Job:
     run_id: str
     checkpoint: Path
     objectives: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Training):
+    """A trial, as it is sent to a worker.
+
+    Attributes:
+        storage: Address of the study's database.
+        study: Name of the study.
+        trial_id: Of the trial in that database.
+        pruner: Decides, with the study, whether the trial goes on.
+    """
+
     storage: str
     study: str
     trial_id: int
@@ -79,12 +89,21 @@ def warm_up() -> None:
 
 def run_trial(job: Job) -> Outcome:
     """Trains one configuration, reports each epoch to the study, and stops when it is pruned."""
+    return _run(job, lambda: _reporter(job))
+
+
+def retrain(job: Training) -> Outcome:
+    """Trains one configuration to its end."""
+    return _run(job, lambda: lambda epoch, metrics: None)
+
+
+def _run(job: Training, open_report: Callable[[], EpochHook]) -> Outcome:
     from pipeline.run import execute_run
     from pipeline.store import STORE_ERRORS
 
     epochs = 0
     try:
-        report = _reporter(job)
+        report = open_report()
 
         def on_epoch_end(epoch: int, metrics: Metrics) -> None:
             nonlocal epochs

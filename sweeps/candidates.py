@@ -1,0 +1,376 @@
+"""What may be promoted: the best of a sweep or a single run, each trained again on fresh seeds."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING
+
+from pipeline.compose import from_settings
+from pipeline.config import RunConfig, TrackingConfig
+from sweeps.board import UnrankedError, find_sweeps, load_board, objectives_of
+from sweeps.config import OBJECTIVES, PromotionConfig
+from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
+from sweeps.trial import METRICS, Outcome, Training, retrain
+
+if TYPE_CHECKING:  # or MLflow is imported
+    from pipeline.store import Recorded, Store
+    from pipeline.tracking import Run
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 2  # a training that killed so many workers is not tried again
+TICK = 0.5  # seconds between two looks at what was received
+
+
+class NothingToPromoteError(ValueError):
+    """There is no finished run that could be promoted."""
+
+    exit_status = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a promotion is of.
+
+    Attributes:
+        run: The sweep's own run, or the single run.
+        title: `sweep NAME` or `run NAME`.
+        objective: By which its candidates are ranked.
+        best: The candidates' runs, the best first.
+    """
+
+    run: Recorded
+    title: str
+    objective: str
+    best: Sequence[Recorded]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A run of the search whose configuration is trained again.
+
+    Attributes:
+        run: As the search recorded it.
+        config: Of it, recorded where the promotion is.
+        objective: By which it was ranked.
+    """
+
+    run: Recorded
+    config: RunConfig
+    objective: str
+
+    @property
+    def title(self) -> str:
+        return f"trial {self.run.tags['trial']}" if "trial" in self.run.tags else self.run.name
+
+    def value(self, run: Recorded) -> float:
+        """The objective of one of its runs."""
+        return run.metrics[METRICS[self.objective]]
+
+    def command(self, seed: int) -> str:
+        """The command line that trains it with another seed."""
+        words = shlex.split(self.run.tags["command"])
+        return shlex.join(
+            [*(word for word in words if not word.startswith("seed=")), f"seed={seed}"]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrained:
+    """A candidate and its runs on fresh seeds.
+
+    Attributes:
+        candidate: What was trained.
+        runs: By seed, those that finished.
+        failures: By seed, why the others did not.
+    """
+
+    candidate: Candidate
+    runs: Mapping[int, Recorded]
+    failures: Mapping[int, str]
+
+    @property
+    def values(self) -> list[float]:
+        """The objective, a seed."""
+        return [self.candidate.value(run) for run in self.runs.values()]
+
+    @property
+    def mean(self) -> float:
+        return mean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds; None of a single one."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def luck(self) -> float:
+        """What the search's value was better by than the mean of fresh seeds."""
+        difference = self.candidate.value(self.candidate.run) - self.mean
+        return difference if OBJECTIVES[self.candidate.objective] == "maximize" else -difference
+
+    @property
+    def median(self) -> tuple[int, Recorded]:
+        """Seed and run in the middle: the best of them would be lucky again."""
+        ordered = sorted(self.runs.items(), key=lambda item: self.candidate.value(item[1]))
+        return ordered[(len(ordered) - 1) // 2]
+
+
+def best_of(retrained: Sequence[Retrained]) -> Retrained | None:
+    """The candidate with the best mean, among those of which no seed failed."""
+    whole = [found for found in retrained if found.runs and not found.failures]
+    if not whole:
+        return None
+    sign = 1 if OBJECTIVES[whole[0].candidate.objective] == "maximize" else -1
+    return max(whole, key=lambda found: sign * found.mean)
+
+
+# --- finding -----------------------------------------------------------------------------
+
+
+def find_source(config: PromotionConfig) -> Source:
+    """The sweep or the run that is asked for.
+
+    Raises:
+        NothingToPromoteError: There is none, or nothing in it finished.
+    """
+    from pipeline.store import read_run
+
+    try:
+        run = read_run(config.run) if config.run else find_sweeps(config.sweep.names)[0]
+        if run.tags.get("kind") == "sweep":
+            return _of_sweep(run, config.promote.top)
+        return _of_run(run)
+    except UnrankedError as error:
+        raise NothingToPromoteError(str(error)) from error
+
+
+def _of_sweep(sweep: Recorded, top: int) -> Source:
+    objectives = objectives_of(sweep)
+    is_ranked = len(objectives) == 1 and objectives[0] in METRICS
+    best = [row.run for row in load_board([sweep], limit=top if is_ranked else None).rows]
+    if not is_ranked:  # by their size, their time, or several objectives
+        best.sort(key=lambda run: run.metrics[METRICS["val_accuracy"]], reverse=True)
+    return Source(
+        run=sweep,
+        title=f"sweep {sweep.tags['sweep']}",
+        objective=objectives[0] if is_ranked else "val_accuracy",
+        best=best[:top],
+    )
+
+
+def _of_run(run: Recorded) -> Source:
+    if run.tags.get("kind"):
+        raise NothingToPromoteError(
+            f"run={run.run_id} is a {run.tags['kind']}: give a run that trained a model."
+        )
+    if run.status != "FINISHED":
+        reason = f": {run.tags['error']}" if "error" in run.tags else ""
+        raise NothingToPromoteError(f"run={run.run_id} ({run.name}) is {run.status}{reason}")
+    if run.validation is None or METRICS["val_accuracy"] not in run.metrics:
+        raise NothingToPromoteError(
+            f"run={run.run_id} ({run.name}) was judged on no validation images."
+        )
+    return Source(run=run, title=f"run {run.name}", objective="val_accuracy", best=[run])
+
+
+def candidates_of(source: Source, config: PromotionConfig, experiment: str) -> list[Candidate]:
+    """The configurations to train again.
+
+    Raises:
+        ValueError: One cannot be read, or a seed is not fresh.
+    """
+    tracking = replace(config.tracking, experiment=experiment, figures=False)
+    return [_candidate(run, source.objective, config, tracking) for run in source.best]
+
+
+def _candidate(
+    run: Recorded, objective: str, config: PromotionConfig, tracking: TrackingConfig
+) -> Candidate:
+    from pipeline.store import read_settings
+
+    found = from_settings(read_settings(run))
+    if found.seed in config.promote.seeds:
+        raise ValueError(
+            f"promote.seeds must be fresh, got {found.seed}, which {run.name} was searched with."
+        )
+    data = replace(found.data, path=config.data.path) if config.data.path else found.data
+    found = replace(found, data=data, tracking=tracking, evaluate_test=False)
+    return Candidate(run=run, config=found, objective=objective)
+
+
+# --- training again ----------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Retraining:
+    """Trainings of candidates on fresh seeds that are being run.
+
+    Each is one run whatever happens: one that finished is used, one that was interrupted goes on.
+
+    Attributes:
+        store: Where they are recorded.
+        seeds: Fresh ones.
+    """
+
+    store: Store
+    seeds: Sequence[int]
+    flights: dict[Future[Outcome], tuple[Candidate, int, Training]] = field(default_factory=dict)
+    deaths: dict[str, int] = field(default_factory=dict)
+    failures: dict[tuple[str, int], str] = field(default_factory=dict)
+    is_landing: bool = False
+
+    def missing(self, candidates: Sequence[Candidate]) -> list[tuple[Candidate, int]]:
+        """What is still to be trained."""
+        pairs = [(candidate, seed) for candidate in candidates for seed in self.seeds]
+        runs = [self._find(*pair) for pair in pairs]
+        return [
+            pair
+            for pair, run in zip(pairs, runs, strict=True)
+            if run is None or run.status != "FINISHED"
+        ]
+
+    def result(self, candidate: Candidate) -> Retrained:
+        """Its runs, once none is missing but those that failed.
+
+        Raises:
+            ValueError: They were judged on other images than the search.
+        """
+        from pipeline.store import read_run
+
+        runs, failures = {}, {}
+        for seed in self.seeds:
+            if reason := self.failures.get((candidate.run.run_id, seed)):
+                failures[seed] = reason
+            elif found := self._find(candidate, seed):
+                runs[seed] = read_run(found.run_id)
+        if any(run.validation != candidate.run.validation for run in runs.values()):
+            raise ValueError(
+                f"the validation images are not those of {candidate.run.name}; set data.path to "
+                "the data it was searched on."
+            )
+        return Retrained(candidate=candidate, runs=runs, failures=failures)
+
+    def run(
+        self,
+        missing: Sequence[tuple[Candidate, int]],
+        parent: Run,
+        executor: LocalExecutor,
+        workers: int,
+        *,
+        received: Sequence[int],
+        show: Callable[[str], None],
+    ) -> None:
+        """Trains what is missing, until it is done or there is a reason to stop.
+
+        Args:
+            missing: Candidates and seeds.
+            parent: The promotion's run, under which each is nested.
+            executor: Of so many workers.
+            workers: At once.
+            received: Signals that tell to stop; grows meanwhile.
+            show: Called with a line when a training has ended.
+
+        Raises:
+            OSError: The store is out of reach.
+        """
+        waiting = list(missing)
+        try:
+            while (waiting or self.flights) and not received:
+                while waiting and len(self.flights) < workers:
+                    self._submit(parent, executor, *waiting.pop(0))
+                done, _ = wait(self.flights, timeout=TICK, return_when=FIRST_COMPLETED)
+                for future in done:
+                    waiting[:0] = self._settle(future, show)
+        finally:
+            self._land(executor, show)
+
+    def _submit(
+        self, parent: Run, executor: LocalExecutor, candidate: Candidate, seed: int
+    ) -> None:
+        from pipeline.tracking import create_run
+
+        run = self._find(candidate, seed)
+        if run is None:
+            name = f"{candidate.title} seed={seed}"
+            tags = {"retrains": candidate.run.run_id, "retrained.seed": seed}
+            run = create_run(self.store, name, tags, parent=parent)
+        else:
+            parent.adopt([run.run_id])
+            run.reopen()
+        folder = Path(candidate.config.tracking.directory).absolute() / "checkpoints" / run.run_id
+        job = Training(
+            config=replace(candidate.config, seed=seed),
+            command=candidate.command(seed),
+            run_id=run.run_id,
+            checkpoint=folder / "training.npz",
+            objectives=(candidate.objective,),
+        )
+        self.flights[executor.submit(retrain, job)] = candidate, seed, job
+
+    def _settle(
+        self, future: Future[Outcome], show: Callable[[str], None]
+    ) -> list[tuple[Candidate, int]]:
+        """Does what follows from the end of a training; returns what is to be tried again."""
+        candidate, seed, job = self.flights.pop(future)
+        run = self._find(candidate, seed)
+        assert run is not None
+        title = f"{candidate.title}  seed {seed}"
+        try:
+            outcome = future.result()
+        except WorkerDiedError as error:
+            deaths = self.deaths[run.run_id] = self.deaths.get(run.run_id, 0) + 1
+            if self.is_landing:
+                outcome = Outcome(state="STOPPED")
+            elif deaths < MAX_DEATHS:
+                log.warning("%s: %s It is tried again.", title, error)
+                return [(candidate, seed)]
+            else:
+                reason = f"{error} {deaths} workers died in this training."
+                outcome = Outcome(state="FAIL", reason=reason)
+        if outcome.state == "STOPPED":
+            run.end("KILLED")
+            return [(candidate, seed)]  # unless it is stopping, somebody stopped the worker alone
+        if outcome.state == "BROKEN":
+            with suppress(Exception):  # what is broken may be the store
+                run.end("FAILED", error=outcome.reason)
+            raise OSError(outcome.reason)
+        if outcome.state == "FAIL":
+            run.end("FAILED", error=outcome.reason)
+            self.failures[candidate.run.run_id, seed] = outcome.reason
+            show(f"{title}  failed: {outcome.reason}")
+        else:
+            show(f"{title}  {candidate.objective} {outcome.values[0]:.4f}")
+        shutil.rmtree(job.checkpoint.parent, ignore_errors=True)
+        return []
+
+    def _land(self, executor: LocalExecutor, show: Callable[[str], None]) -> None:
+        """Stops what is under way, and leaves it to be gone on with."""
+        if not self.flights:
+            return
+        self.is_landing = True
+        executor.interrupt()
+        done, running = wait(self.flights, timeout=GRACE)
+        for future in done:
+            with suppress(Exception):
+                self._settle(future, show)
+        executor.stop(grace=0)
+        for future in running:
+            candidate, seed, _ = self.flights.pop(future)
+            with suppress(Exception):
+                if run := self._find(candidate, seed):
+                    run.end("KILLED")
+
+    def _find(self, candidate: Candidate, seed: int) -> Run | None:
+        from pipeline.tracking import find_run
+
+        tags = {"retrains": candidate.run.run_id, "retrained.seed": seed}
+        return find_run(self.store, tags)
