@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # or TensorFlow is imported
     from pipeline.store import Recorded
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+_DESCRIPTION = 5_000  # characters that MLflow's databases have room for
 _LINE = "ledger."  # what the tags begin with that are lines of the ledger
 
 # All that a model of ours consists of. Anything else could be code: a pickle, a module.
@@ -49,6 +50,12 @@ _FILES = {
     "data/model.keras",
 }
 _KERAS = ("keras", "tensorflow.keras")  # modules that MLflow may load it with
+# What MLflow imports, opens and puts on Python's path.
+_FLAVORS = {
+    "python_function": {"loader_module": "mlflow.tensorflow", "data": "data", "code": None},
+    "tensorflow": {"model_type": "keras", "data": "data", "save_format": "tf", "code": None},
+}
+_UNLIKE = (KeyError, TypeError, ValueError)  # of a description that is no description
 
 
 class RefusedModelError(ValueError):
@@ -203,7 +210,7 @@ def register(name: str, run: Recorded, card: str, tags: Mapping[str, object]) ->
     Args:
         name: Of the registered model, created when missing.
         run: Finished.
-        card: Model card, in Markdown.
+        card: Model card, in Markdown; of a longer one, the first 5,000 characters.
         tags: Set on the version.
 
     Raises:
@@ -213,7 +220,7 @@ def register(name: str, run: Recorded, card: str, tags: Mapping[str, object]) ->
     with _unless_existing():
         client.create_registered_model(name)
     shown = {key: without_password(str(value)) for key, value in tags.items()}
-    card = without_password(card)
+    card = without_password(card)[:_DESCRIPTION]
     found = _of_run(name, run.run_id)
     if found is None:
         model_id = logged_model(run)
@@ -393,18 +400,23 @@ def fetch_model(uri: str) -> Path:
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RefusedModelError(f"{uri}: its files cannot be read: {reason}") from error
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    paths = list(folder.rglob("*"))
+    files = {str(path.relative_to(folder)) for path in paths if not path.is_dir()}
     if strange := sorted(files - _FILES):
         raise RefusedModelError(f"{uri} is not loaded: {strange[0]} is no file of a model of ours.")
+    if any(path.is_symlink() for path in (folder, *paths)):
+        raise RefusedModelError(f"{uri} is not loaded: a link leads out of it.")
     try:
         keras_module = (folder / "data" / "keras_module.txt").read_text(encoding="utf-8")
         about = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
-        served = about["flavors"]["python_function"]
-        loader, code = served["loader_module"], served.get("code")
-    except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        flavors = {name: dict(flavor) for name, flavor in about["flavors"].items()}
+    except (OSError, UnicodeError, yaml.YAMLError, AttributeError, *_UNLIKE) as error:
         raise RefusedModelError(f"{uri} is not loaded: its description is damaged.") from error
-    # MLflow imports what these name, and puts the code on Python's path.
-    if keras_module not in _KERAS or loader != "mlflow.tensorflow" or code:
+    named = {
+        name: {key: flavor.get(key) for key in _FLAVORS.get(name, ())}
+        for name, flavor in flavors.items()
+    }
+    if keras_module not in _KERAS or named != _FLAVORS:
         raise RefusedModelError(f"{uri} is not loaded: it was not saved by this pipeline.")
     return folder
 

@@ -218,10 +218,12 @@ class Retraining:
 
     Attributes:
         store: Where they are recorded.
+        name: Of the registered model: of another, the trainings are others.
         seeds: Fresh ones.
     """
 
     store: Store
+    name: str
     seeds: Sequence[int]
     flights: dict[Future[Outcome], tuple[Candidate, int, Training]] = field(default_factory=dict)
     deaths: dict[str, int] = field(default_factory=dict)
@@ -301,8 +303,7 @@ class Retraining:
         run = self._find(candidate, seed)
         if run is None:
             name = f"{candidate.title} seed={seed}"
-            tags = {"retrains": candidate.run.run_id, "retrained.seed": seed}
-            run = create_run(self.store, name, tags, parent=parent)
+            run = create_run(self.store, name, self._tags(candidate, seed), parent=parent)
         else:
             parent.adopt([run.run_id])
             run.reopen()
@@ -372,5 +373,12 @@ class Retraining:
     def _find(self, candidate: Candidate, seed: int) -> Run | None:
         from pipeline.tracking import find_run
 
-        tags = {"retrains": candidate.run.run_id, "retrained.seed": seed}
-        return find_run(self.store, tags)
+        return find_run(self.store, self._tags(candidate, seed))
+
+    def _tags(self, candidate: Candidate, seed: int) -> dict[str, object]:
+        """By which a training is found again."""
+        return {
+            "retrains": candidate.run.run_id,
+            "retrained.seed": seed,
+            "promotion.model": self.name,
+        }

@@ -108,14 +108,17 @@ def promote(config: PromotionConfig, overrides: Sequence[str], uri: str) -> None
     lock = _lock_uri(uri, config.tracking)
     with _queue(name, lock):
         store = open_store(first.tracking)
-        retraining = Retraining(store=store, seeds=config.promote.seeds)
-        if champion := _already(retraining, candidates, name):
-            _close(store, source, name)
-            console.print(f"{champion} is the champion already: nothing is changed.")
-            return
+        retraining = Retraining(store=store, name=name, seeds=config.promote.seeds)
+        if not retraining.missing(candidates):
+            retrained = [retraining.result(candidate) for candidate in candidates]
+            if _is_champion(best_of(retrained), name):
+                _close(store, source, name)
+                return
         parent = _open_parent(store, source, name, config, command)
         with _ending(parent, command):
             retrained = _retrain(retraining, candidates, config, parent, command)
+            if _is_champion(best_of(retrained), name):
+                return
             challenge = _challenge(source, retrained, command)
             with deciding(lock, name):
                 verdict = _decide(challenge, name, config.promote)
@@ -156,16 +159,15 @@ def _queue(name: str, uri: str) -> Iterator[None]:
         yield
 
 
-def _already(retraining: Retraining, candidates: Sequence[Candidate], name: str) -> Version | None:
-    """The champion, where it is what this promotion would lead to."""
+def _is_champion(finalist: Retrained | None, name: str) -> bool:
+    """Whether a promotion would change nothing, which is said."""
     from pipeline.registry import version_of
 
     champion = version_of(name)
-    if champion is None or retraining.missing(candidates):
-        return None
-    finalist = best_of([retraining.result(candidate) for candidate in candidates])
-    is_it = finalist is not None and finalist.median[1].run_id == champion.run_id
-    return champion if is_it else None
+    if champion is None or finalist is None or finalist.median[1].run_id != champion.run_id:
+        return False
+    console.print(f"{champion} is the champion already: nothing is changed.")
+    return True
 
 
 def _find_parent(store: Store, source: Source, name: str) -> Run | None:
@@ -460,8 +462,6 @@ def roll_back(config: PromotionConfig, uri: str) -> None:
         if number is None:
             raise ValueError(f"name={name}: {champion} has no champion before it.")
         version = read_version(name, number)
-        with console.status("starting TensorFlow for a smoke prediction"):
-            start_libraries()
         images = _smoke(version)
         evidence = f"takes back version {champion.number}; {images} images predicted as before"
         move_champion(version, action="rollback", promotion="", evidence=evidence)
@@ -475,6 +475,11 @@ def _smoke(version: Version) -> int:
     """Predicts the input example; returns how many images that are."""
     from pipeline.registry import example_of, load_served
 
+    with console.status("starting TensorFlow for a smoke prediction"):
+        start_libraries()
+    from pipeline.train import initialize
+
+    initialize(threads=1, seed=0)
     classes = load_served(version.uri)(example_of(version.uri)).argmax(axis=1)
     found = " ".join(map(str, classes))
     if found != version.tags.get(SMOKE, found):

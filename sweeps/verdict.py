@@ -275,7 +275,7 @@ def model_card(verdict: Verdict) -> str:
             "## Metrics\n\n" + "\n".join(metrics),
             "## Evidence\n\n" + "\n".join(f"- {line}" for line in lines(verdict)),
             "## Origin\n\n" + "\n".join(origin),
-            "## Settings\n\n| | |\n|---|---|\n" + "\n".join(settings),
             "## Limits\n\n" + "\n".join(f"- {limit}" for limit in LIMITS),
+            "## Settings\n\n| | |\n|---|---|\n" + "\n".join(settings),
         ]
     )
