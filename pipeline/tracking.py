@@ -319,7 +319,7 @@ def log_inputs(
             of `config` unless given.
     """
     settings = settings or asdict(config)
-    run.set_tags({"command": command, NOTE: note, **_environment(config, data)})
+    run.set_tags({"command": command, NOTE: note, **environment(config, data)})
     parameters = [
         Param(name, without_password(value))
         for name, value in flatten(settings)
@@ -365,7 +365,7 @@ def _tensor(array: Array) -> Schema:
     return Schema([TensorSpec(array.dtype, (-1, *array.shape[1:]))])
 
 
-def _environment(config: RunConfig, data: Data) -> dict[str, str]:
+def environment(config: RunConfig, data: Data) -> dict[str, str]:
     """Tags of all that the figures depend on, beyond the parameters."""
     return {
         "data.sha256": data.digest,

@@ -41,13 +41,13 @@ class Judgement:
         problem: Why it must not be served; empty where it answers as was recorded.
         images: Validation images on which that was compared.
         example: Classes predicted for its input example, to be found again by a rollback.
-        test: None where there is a problem: it would decide nothing.
+        looked: At the test split; None where there is a problem: it would decide nothing.
     """
 
     problem: str
     images: int = 0
     example: tuple[int, ...] = ()
-    test: Test | None = None
+    looked: Test | None = None
 
 
 def judge(tracking: TrackingConfig, data: DataConfig, run_id: str, threads: int) -> Judgement:
@@ -85,7 +85,7 @@ def judge(tracking: TrackingConfig, data: DataConfig, run_id: str, threads: int)
         problem="",
         images=len(given.validation),
         example=tuple(map(int, example)),
-        test=_look(tracking, run, given, uri),
+        looked=_look(tracking, run, given, uri),
     )
 
 

@@ -327,12 +327,12 @@ def _checks_alone(judgement: Judgement, gate: GateConfig) -> list[Check]:
         evidence=evidence,
         decision=REJECT,
     )
-    if judgement.test is None:
+    if judgement.looked is None:
         return [served]
     floor = Check(
         name="good enough",
-        holds=judgement.test.accuracy >= gate.floor,
-        evidence=f"test accuracy {describe_test(judgement.test)}, at least {gate.floor:g} asked",
+        holds=judgement.looked.accuracy >= gate.floor,
+        evidence=f"test accuracy {describe_test(judgement.looked)}, at least {gate.floor:g} asked",
         decision=REJECT,
     )
     return [served, floor]
@@ -393,7 +393,7 @@ def _record(verdict: Verdict, parent: Run) -> Version | None:
 def _tags(verdict: Verdict, parent: Run) -> dict[str, object]:
     """Of a version: where it came from, and what it is known to answer."""
     challenge = verdict.challenge
-    test = challenge.judgement.test
+    test = challenge.judgement.looked
     return {
         "verdict": verdict.decision,
         "promotion": parent.run_id,
@@ -406,7 +406,7 @@ def _tags(verdict: Verdict, parent: Run) -> dict[str, object]:
 
 def _metrics(verdict: Verdict) -> dict[str, float]:
     """Of the promotion's run, for the UI's table."""
-    finalist, test = verdict.challenge.finalist, verdict.challenge.judgement.test
+    finalist, test = verdict.challenge.finalist, verdict.challenge.judgement.looked
     metrics: dict[str, float] = {}
     if finalist:
         objective = finalist.candidate.objective

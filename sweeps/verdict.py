@@ -80,7 +80,7 @@ class Verdict:
     @property
     def evidence(self) -> str:
         """In one line, for the ledger."""
-        found, test = self.comparison, self.challenge.judgement.test
+        found, test = self.comparison, self.challenge.judgement.looked
         gain = "the first champion" if self.champion is None else "not comparable"
         if found:
             gain = (
@@ -160,7 +160,7 @@ def describe_test(test: Test) -> str:
 def as_json(verdict: Verdict, version: Version | None) -> str:
     """All of it, for programs."""
     challenge, champion = verdict.challenge, verdict.champion
-    finalist, test = challenge.finalist, challenge.judgement.test
+    finalist, test = challenge.finalist, challenge.judgement.looked
     record: dict[str, Any] = {
         "decision": verdict.decision,
         "model": verdict.name,
@@ -242,7 +242,7 @@ def seeds_figure(retrained: Sequence[Retrained]) -> Figure:
 def model_card(verdict: Verdict) -> str:
     """What whoever uses the model should know, in Markdown."""
     challenge = verdict.challenge
-    run, found, test = challenge.run, challenge.finalist, challenge.judgement.test
+    run, found, test = challenge.run, challenge.finalist, challenge.judgement.looked
     assert run is not None and found is not None
     config = found.candidate.config
     settings = [
