@@ -432,7 +432,8 @@ class GateConfig:
         top: Trials of the sweep, the best by validation, that are trained again.
         seeds: Fresh ones, each trained with by each of these trials.
         rule: `superiority`: better than the champion; `non_inferiority`: smaller and not worse.
-        significance: Chance to find a model better that is not, in (0, 0.5).
+        significance: Chance to find a model better that is not, in (0, 0.5), shared by the
+            candidates.
         margin: Accuracy that a smaller model may lack, a fraction in [0, 1).
         floor: Accuracy on the test split that every champion has, a fraction.
     """

@@ -1,8 +1,8 @@
 """Promotes the best model, if it is better than the champion beyond chance; takes it back.
 
 The top of a sweep is a maximum over noise. So its best configurations are trained again on fresh
-seeds, the one with the best mean is the finalist, and of its runs the median one the challenger:
-no figure that decides is the best of several.
+seeds, and the one with the best mean is the finalist. Its trainings are compared with those of the
+champion; the median one is what is registered, as the best of them would be lucky again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -35,7 +36,17 @@ from sweeps.candidates import (
 from sweeps.config import EXECUTORS, GateConfig, PromotionConfig
 from sweeps.display import open_console
 from sweeps.executors import LocalExecutor, WorkerDiedError
-from sweeps.gate import HOLD, PROMOTE, REJECT, Check, Comparison, beats, compare, decide
+from sweeps.gate import (
+    HOLD,
+    PROMOTE,
+    REJECT,
+    Check,
+    Comparison,
+    Correct,
+    beats,
+    compare,
+    decide,
+)
 from sweeps.interruption import held_signals, interruption
 from sweeps.judge import Judgement, judge
 from sweeps.study import HeldError, hold
@@ -303,8 +314,10 @@ def _decide(challenge: Challenge, name: str, gate: GateConfig) -> Verdict:
 
     champion, comparison = version_of(name), None
     checks = _checks_alone(challenge.judgement, gate)
-    if challenge.run:
-        comparison, check = _against(challenge.run, champion, gate)
+    if challenge.finalist:
+        candidates = sum(bool(found.runs) for found in challenge.retrained)
+        significance = gate.significance / candidates
+        comparison, check = _against(challenge.finalist, champion, gate, significance)
         checks.append(check)
     return Verdict(
         decision=decide(checks),
@@ -339,29 +352,51 @@ def _checks_alone(judgement: Judgement, gate: GateConfig) -> list[Check]:
 
 
 def _against(
-    run: Recorded, champion: Version | None, gate: GateConfig
+    finalist: Retrained, champion: Version | None, gate: GateConfig, significance: float
 ) -> tuple[Comparison | None, Check]:
-    """Challenger against champion."""
-    from pipeline.store import read_predictions, read_run
+    """The finalist's trainings against the champion's."""
+    from pipeline.store import read_run
 
     if champion is None:
         return None, beats(gate, None, None)
-    theirs = read_run(champion.run_id)
-    ours_predicted, theirs_predicted = read_predictions(run), read_predictions(theirs)
+    ours, theirs = list(finalist.runs.values()), _trainings_of(champion)
+    run, reigning = finalist.median[1], read_run(champion.run_id)
     problem = ""
-    if ours_predicted is None or theirs_predicted is None:
-        problem = f"the predictions of {champion} are not there any more"
-    elif run.validation != theirs.validation:
+    if run.validation != reigning.validation:
         problem = (
             f"{champion} was judged on other validation images; promote to another name=, or "
             "search with its data.split_seed and data.validation_size"
         )
-    if problem or ours_predicted is None or theirs_predicted is None:
+    right, theirs_right = _correct(ours), _correct(theirs)
+    if right is None or theirs_right is None:
+        problem = problem or f"the predictions of {champion} are not there any more"
+    if problem or right is None or theirs_right is None:
         check = Check(name="comparable", holds=False, evidence=problem, decision=HOLD)
         return None, check
-    found = compare(ours_predicted.correct, theirs_predicted.correct, gate.significance)
-    sizes = int(run.metrics["parameters"]), int(theirs.metrics["parameters"])
+    found = compare(right, theirs_right, significance)
+    sizes = int(run.metrics["parameters"]), int(reigning.metrics["parameters"])
     return found, beats(gate, found, sizes)
+
+
+def _trainings_of(champion: Version) -> list[Recorded]:
+    """The champion's run and those of its configuration on other seeds, by their seeds."""
+    from pipeline.store import read_run, search
+
+    run = read_run(champion.run_id)
+    condition = (
+        f"tags.retrains = '{run.tags.get('retrains', '')}' and "
+        f"tags.`promotion.model` = '{champion.name}' and attributes.status = 'FINISHED'"
+    )
+    found = [each for each in search(condition) if each.validation == run.validation]
+    return sorted(found, key=lambda each: int(each.tags["retrained.seed"])) or [run]
+
+
+def _correct(runs: Sequence[Recorded]) -> Correct | None:
+    """`[seeds, n]`, whether the predictions that are there are right; None where none are."""
+    from pipeline.store import read_predictions
+
+    found = [predicted.correct for run in runs if (predicted := read_predictions(run))]
+    return np.array(found) if found else None
 
 
 def _record(verdict: Verdict, parent: Run) -> Version | None:
