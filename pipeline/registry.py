@@ -9,10 +9,10 @@ shows by what follows it, and is not counted.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -310,7 +310,7 @@ def move_champion(version: Version, *, action: str, promotion: str, evidence: st
     """
     champion, lines = version_of(version.name), read_ledger(version.name)
     move = Move(
-        at=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
+        at=_after(lines),
         action=action,
         version=version.number,
         replaced=champion.number if champion else None,
@@ -326,6 +326,14 @@ def move_champion(version: Version, *, action: str, promotion: str, evidence: st
     client.set_registered_model_tag(version.name, f"{_LINE}{move.at}", json.dumps(line))
     client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
     return move
+
+
+def _after(lines: Sequence[Move]) -> str:
+    """Now, or just after the last line where its clock was ahead of ours: lines are sorted."""
+    now = datetime.now(UTC)
+    if lines:
+        now = max(now, datetime.fromisoformat(lines[-1].at) + timedelta(microseconds=1))
+    return f"{now:%Y-%m-%dT%H:%M:%S.%fZ}"
 
 
 def previous_champion(name: str) -> int | None:
@@ -375,7 +383,8 @@ def load_served(uri: str) -> Callable[[Array], Array]:
     """Loads a model as `mlflow models serve` does, once its files are checked.
 
     Returns:
-        Raw pixels `[batch, height, width]` to probabilities `[batch, num_classes]`.
+        Raw pixels `[batch, height, width]` to probabilities `[batch, num_classes]`; raises
+        `RefusedModelError` where the model cannot do that.
 
     Raises:
         RefusedModelError: As `load_model`.
@@ -386,7 +395,18 @@ def load_served(uri: str) -> Callable[[Array], Array]:
     except Exception as error:  # a damaged or malicious file raises nearly everything
         reason = " ".join(str(error).split())[:300]
         raise RefusedModelError(f"{uri} is not loaded: {reason}") from error
-    return lambda images: np.asarray(model.predict(images))
+
+    def predict(images: Array) -> Array:
+        try:
+            answers = np.asarray(model.predict(images))
+        except Exception as error:  # of a model of something else
+            reason = " ".join(str(error).split())[:300]
+            raise RefusedModelError(f"{uri} cannot predict {images.shape}: {reason}") from error
+        if answers.ndim != 2 or len(answers) != len(images):
+            raise RefusedModelError(f"{uri} answers {images.shape} with {answers.shape}.")
+        return answers
+
+    return predict
 
 
 def fetch_model(uri: str) -> Path:
@@ -422,8 +442,15 @@ def fetch_model(uri: str) -> Path:
 
 
 def example_of(uri: str) -> Array:
-    """The input example of a model: `[n, height, width]`, raw pixels of its training images."""
+    """The input example of a model: `[n, height, width]`, raw pixels of its training images.
+
+    Raises:
+        RefusedModelError: As `load_model`; or the example is missing or damaged.
+    """
     folder = fetch_model(uri)
-    given = json.loads((folder / "serving_input_example.json").read_text(encoding="utf-8"))
-    dtype = Model.load(str(folder)).signature.inputs.numpy_types()[0]  # JSON has plain numbers
-    return np.asarray(given["inputs"], dtype)
+    try:
+        given = json.loads((folder / "serving_input_example.json").read_text(encoding="utf-8"))
+        dtype = Model.load(str(folder)).signature.inputs.numpy_types()[0]  # JSON has plain numbers
+        return np.asarray(given["inputs"], dtype)
+    except (OSError, AttributeError, MlflowException, *_UNLIKE) as error:
+        raise RefusedModelError(f"{uri}: its input example is missing or damaged.") from error

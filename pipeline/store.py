@@ -261,7 +261,8 @@ def read_run(run_id: str) -> Recorded:
     try:
         return _recorded(mlflow.MlflowClient().get_run(run_id))
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        # Of an id that none can be, MLflow says that it is invalid.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         raise ValueError(f"no run has the id {run_id}.") from error
 

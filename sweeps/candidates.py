@@ -78,9 +78,8 @@ class Candidate:
     def command(self, seed: int) -> str:
         """The command line that trains it with another seed."""
         words = shlex.split(self.run.tags["command"])
-        return shlex.join(
-            [*(word for word in words if not word.startswith("seed=")), f"seed={seed}"]
-        )
+        kept = [word for word in words if not word.startswith(("seed=", "evaluate_test="))]
+        return shlex.join([*kept, "evaluate_test=false", f"seed={seed}"])
 
 
 @dataclass(frozen=True, kw_only=True)

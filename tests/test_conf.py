@@ -128,7 +128,18 @@ def test_every_default_is_explained_on_its_line(path: Path) -> None:
     assert unexplained == []
 
 
-@pytest.mark.parametrize(("path", "least"), [(ROOTS[0], 2), (ROOTS[1], 12)], ids=str)
+@pytest.mark.parametrize(
+    ("path", "least"),
+    [
+        (ROOTS[0], 2),
+        (ROOTS[1], 12),
+        *(
+            (CONF / f"{name}.yaml", 3)
+            for name in ("leaderboard", "ui", "promote", "predict", "repeat")
+        ),
+    ],
+    ids=str,
+)
 def test_every_default_of_a_root_is_explained_on_its_line(path: Path, least: int) -> None:
     own = path.read_text(encoding="utf-8").partition("\n\n")[2].partition("\nhydra:")[0]
     lines = re.findall(r"^ *\w+: .+", own, re.MULTILINE)
