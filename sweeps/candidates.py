@@ -118,8 +118,9 @@ class Retrained:
 
     @property
     def median(self) -> tuple[int, Recorded]:
-        """Seed and run in the middle: the best of them would be lucky again."""
-        ordered = sorted(self.runs.items(), key=lambda item: self.candidate.value(item[1]))
+        """Seed and run in the middle, of two the worse: the best would be lucky again."""
+        sign = 1 if OBJECTIVES[self.candidate.objective] == "maximize" else -1
+        ordered = sorted(self.runs.items(), key=lambda item: sign * self.candidate.value(item[1]))
         return ordered[(len(ordered) - 1) // 2]
 
 

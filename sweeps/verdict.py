@@ -94,7 +94,8 @@ def luck(found: Retrained) -> str:
     candidate = found.candidate
     searched = candidate.value(candidate.run)
     spread = f" ±{found.spread:.4f}" if found.spread is not None else ""
-    part = f"{number(found.luck)} of it was luck" if found.luck > 0 else "none of it was luck"
+    share = round(found.luck, 4)
+    part = f"{number(share)} of it was luck" if share > 0 else "none of it was luck"
     return (
         f"The search's best, {candidate.title}, had {candidate.objective} {number(searched)}; on "
         f"{len(found.runs)} fresh seeds it has {number(found.mean)}{spread} on average: {part}."
@@ -130,13 +131,13 @@ def _rows(retrained: Sequence[Retrained]) -> Iterator[tuple[str, ...]]:
 def headline(verdict: Verdict, version: Version | None) -> str:
     """The decision in a line."""
     finalist = verdict.challenge.finalist
-    challenger = "no candidate is left"
+    challenger, champion = "", verdict.champion
     if finalist:
         challenger = f"{finalist.candidate.title}, seed {verdict.challenge.seed}"
-    champion = verdict.champion
     stays = f"{champion} stays champion" if champion else f"{verdict.name} still has no champion"
     if verdict.decision != "PROMOTE":
-        return f"{verdict.decision}: {stays}; the challenger was {challenger}"
+        was = f"the challenger was {challenger}" if challenger else "no candidate is left"
+        return f"{verdict.decision}: {stays}; {was}"
     instead = f"in place of version {champion.number}" if champion else "its first"
     return f"PROMOTE: {version} ({challenger}) is the champion, {instead}"
 
@@ -214,7 +215,10 @@ def as_markdown(verdict: Verdict, version: Version | None) -> str:
 def _table(retrained: Sequence[Retrained]) -> str:
     objective = retrained[0].candidate.objective
     heading = f"| candidate | searched {objective} | fresh seeds | luck | each seed |"
-    rows = ("| " + " | ".join(cells) + " |" for cells in _rows(retrained))
+    rows = (
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        for cells in _rows(retrained)
+    )
     return "\n".join([heading, "|---|---|---|---|---|", *rows])
 
 
