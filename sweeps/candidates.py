@@ -52,6 +52,10 @@ class Source:
     objective: str
     best: Sequence[Recorded]
 
+    @property
+    def is_sweep(self) -> bool:
+        return self.run.tags.get("kind") == "sweep"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:

@@ -82,13 +82,17 @@ class Check:
     decision: str
 
 
-def compare(challenger: Correct, champion: Correct, significance: float) -> Comparison:
+def compare(
+    challenger: Correct, champion: Correct, significance: float, *, doubt: int = 0
+) -> Comparison:
     """Compares two models on the same images.
 
     Args:
         challenger: `[seeds, n]` or `[n]`, whether each prediction is right.
         champion: Likewise, of the same images in the same order.
         significance: Chance to find a model better that is not, in (0, 0.5).
+        doubt: Images that the interval counts as gained, and as lost, besides: of a few hundred
+            that were not lost it would say that none could ever be.
     """
     ours, theirs = np.atleast_2d(challenger), np.atleast_2d(champion)
     seeds = min(len(ours), len(theirs))
@@ -97,7 +101,7 @@ def compare(challenger: Correct, champion: Correct, significance: float) -> Comp
     # In whole numbers, so that a tie is exactly 0.
     whole = len(ours) * len(theirs)
     gains = ours.sum(axis=0) * len(theirs) - theirs.sum(axis=0) * len(ours)
-    low, high = _interval_of_mean(gains, whole, 1 - 2 * significance)
+    low, high = _interval_of_mean(np.append(gains, [whole, -whole] * doubt), 1 - 2 * significance)
     return Comparison(
         images=len(gains),
         seeds=seeds,
@@ -111,14 +115,11 @@ def compare(challenger: Correct, champion: Correct, significance: float) -> Comp
     )
 
 
-def _interval_of_mean(
-    gains: npt.NDArray[np.int_], whole: int, confidence: float
-) -> tuple[float, float]:
-    """One image more is gained as a whole, and one lost: or where none of a few hundred was lost,
-    none could ever be. (Agresti and Min 2005 add half an image to each cell.)
-    """
+def _interval_of_mean(gains: npt.NDArray[np.int_], confidence: float) -> tuple[float, float]:
+    if not gains.any():  # nor in any resample
+        return 0.0, 0.0
     found = stats.bootstrap(
-        (np.append(gains, [whole, -whole]),),
+        (gains,),
         np.mean,
         n_resamples=RESAMPLES,
         batch=_BATCH,

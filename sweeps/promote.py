@@ -373,7 +373,8 @@ def _against(
     if problem or right is None or theirs_right is None:
         check = Check(name="comparable", holds=False, evidence=problem, decision=HOLD)
         return None, check
-    found = compare(right, theirs_right, significance)
+    doubt = 1 if gate.rule == "non_inferiority" else 0  # shown by what is not there: losses
+    found = compare(right, theirs_right, significance, doubt=doubt)
     sizes = int(run.metrics["parameters"]), int(reigning.metrics["parameters"])
     return found, beats(gate, found, sizes)
 
@@ -460,7 +461,7 @@ def _print(
     console.print()
     console.print(candidates_table(retrained))
     if retrained[0].runs:
-        console.print(f"\n{luck(retrained[0])}")
+        console.print(f"\n{luck(retrained[0], of_sweep=verdict.challenge.source.is_sweep)}")
     console.print(f"\n{headline(verdict, version)}\n", style="bold")
     for line in lines(verdict):
         console.print(line)

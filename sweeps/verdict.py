@@ -89,15 +89,16 @@ class Verdict:
         return f"{gain}; test {test.accuracy:.4f} (look {test.look})" if test else gain
 
 
-def luck(found: Retrained) -> str:
-    """How much of the search's best score was luck, in a sentence."""
+def luck(found: Retrained, *, of_sweep: bool = True) -> str:
+    """How much of the best score was luck, in a sentence."""
     candidate = found.candidate
     searched = candidate.value(candidate.run)
     spread = f" ±{found.spread:.4f}" if found.spread is not None else ""
+    who = f"The search's best, {candidate.title}," if of_sweep else candidate.title.capitalize()
     share = round(found.luck, 4)
     part = f"{number(share)} of it was luck" if share > 0 else "none of it was luck"
     return (
-        f"The search's best, {candidate.title}, had {candidate.objective} {number(searched)}; on "
+        f"{who} had {candidate.objective} {number(searched)}; on "
         f"{len(found.runs)} fresh seeds it has {number(found.mean)}{spread} on average: {part}."
     )
 
@@ -206,7 +207,11 @@ def as_markdown(verdict: Verdict, version: Version | None) -> str:
             f"**{headline(verdict, version)}**",
             "\n".join(f"- {line}" for line in lines(verdict)),
             _table(challenge.retrained),
-            *([luck(challenge.retrained[0])] if challenge.retrained[0].runs else []),
+            *(
+                [luck(challenge.retrained[0], of_sweep=challenge.source.is_sweep)]
+                if challenge.retrained[0].runs
+                else []
+            ),
             f"Repeat: `{challenge.command}`",
         ]
     )
