@@ -286,7 +286,9 @@ def _explain(error: BaseException, config_name: str) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value: set {error.full_key}=..."
     if isinstance(error, OmegaConfBaseException):
-        rule = " ".join(text.split("\n    full_key", maxsplit=1)[0].split())
+        rule = " ".join(text.split("\n    full_key", maxsplit=1)[0].split()).rstrip(".")
+        if "is not a ListConfig" in rule:
+            return f"{error.full_key} must be a list, as {error.full_key}=[1,2]."
         return f"{error.full_key}: {rule}." if error.full_key else rule
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")

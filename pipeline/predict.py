@@ -122,7 +122,7 @@ def split_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             rest.append(_override("out", value))
         elif argument in _WITH_VALUE:
             rest += [argument, *(value for value in [next(left, None)] if value is not None)]
-        elif argument.startswith("-"):
+        elif argument.startswith(("-", "~")):
             rest.append(argument)
         elif Path(argument).exists() or not (equals or argument.startswith("+")):
             files.append(argument)

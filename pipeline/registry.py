@@ -8,7 +8,9 @@ shows by what follows it, and is not counted.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +25,9 @@ from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from pipeline.config import without_password
+from pipeline.config import TrackingConfig, without_password
 from pipeline.database import alone, sqlite_path
+from pipeline.store import is_server
 
 if TYPE_CHECKING:  # or TensorFlow is imported
     import keras
@@ -33,6 +36,7 @@ if TYPE_CHECKING:  # or TensorFlow is imported
     from pipeline.store import Recorded
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+DIGEST = "model.sha256"  # tag of a version: of the file that holds its layers and weights
 _DESCRIPTION = 5_000  # characters that MLflow's databases have room for
 _LINE = "ledger."  # what the tags begin with that are lines of the ledger
 
@@ -120,7 +124,7 @@ class Move:
 
 def registered_models() -> list[str]:
     """Names of all registered models."""
-    return [found.name for found in mlflow.MlflowClient().search_registered_models()]
+    return [found.name for found in mlflow.search_registered_models()]
 
 
 def find_version(name: str | None, alias: str = CHAMPION) -> Version:
@@ -186,6 +190,16 @@ def _version(found: Any) -> Version:
     )
 
 
+def lock_uri(uri: str, tracking: TrackingConfig) -> str:
+    """Of the database that locks are in or beside; of a server, in our own folder.
+
+    So promotions to a server keep clear of each other on one machine only.
+    """
+    if is_server(uri):
+        return f"sqlite:///{Path(tracking.directory).absolute() / 'mlflow.db'}"
+    return uri
+
+
 @contextmanager
 def deciding(uri: str, name: str) -> Iterator[None]:
     """Inside, no other process decides about a model; others wait. The lock ends with the process.
@@ -204,14 +218,17 @@ def deciding(uri: str, name: str) -> Iterator[None]:
         yield
 
 
-def register(name: str, run: Recorded, card: str, tags: Mapping[str, object]) -> Version:
-    """The version of a run's model: the one there is, or a new one. Its card and tags are set.
+def register(
+    name: str, run: Recorded, card: str, tags: Mapping[str, object], *, anew: bool = True
+) -> Version:
+    """The version of a run's model: the one there is, or a new one with this card and tags.
 
     Args:
         name: Of the registered model, created when missing.
         run: Finished.
         card: Model card, in Markdown; of a longer one, the first 5,000 characters.
         tags: Set on the version.
+        anew: Whether card and tags are set on a version that is there too.
 
     Raises:
         ValueError: The run has no model.
@@ -221,9 +238,10 @@ def register(name: str, run: Recorded, card: str, tags: Mapping[str, object]) ->
         client.create_registered_model(name)
     shown = {key: without_password(str(value)) for key, value in tags.items()}
     card = without_password(card)[:_DESCRIPTION]
+    model_id = logged_model(run)
+    shown[DIGEST] = model_digest(f"models:/{model_id}")
     found = _of_run(name, run.run_id)
     if found is None:
-        model_id = logged_model(run)
         client.create_model_version(
             name,
             f"models:/{model_id}",
@@ -234,9 +252,11 @@ def register(name: str, run: Recorded, card: str, tags: Mapping[str, object]) ->
         )
         found = _of_run(name, run.run_id)  # the first, where another machine was as fast
         assert found is not None
-    client.update_model_version(name, str(found.number), card)
-    for key, value in shown.items():
-        client.set_model_version_tag(name, str(found.number), key, value)
+        anew = True
+    if anew:
+        client.update_model_version(name, str(found.number), card)
+        for key, value in shown.items():
+            client.set_model_version_tag(name, str(found.number), key, value)
     return read_version(name, found.number)
 
 
@@ -369,14 +389,14 @@ def load_model(uri: str) -> keras.Model:
     """
     import keras
 
-    folder = fetch_model(uri)
-    try:
-        return keras.saving.load_model(
-            folder / "data" / "model.keras", compile=False, safe_mode=True
-        )
-    except Exception as error:  # a damaged or malicious file raises nearly everything
-        reason = " ".join(str(error).split())[:300]
-        raise RefusedModelError(f"{uri} is not loaded: {reason}") from error
+    with fetched_model(uri) as folder:
+        try:
+            return keras.saving.load_model(
+                folder / "data" / "model.keras", compile=False, safe_mode=True
+            )
+        except Exception as error:  # a damaged or malicious file raises nearly everything
+            reason = " ".join(str(error).split())[:300]
+            raise RefusedModelError(f"{uri} is not loaded: {reason}") from error
 
 
 def load_served(uri: str) -> Callable[[Array], Array]:
@@ -389,12 +409,12 @@ def load_served(uri: str) -> Callable[[Array], Array]:
     Raises:
         RefusedModelError: As `load_model`.
     """
-    folder = fetch_model(uri)
-    try:
-        model = mlflow.pyfunc.load_model(str(folder))
-    except Exception as error:  # a damaged or malicious file raises nearly everything
-        reason = " ".join(str(error).split())[:300]
-        raise RefusedModelError(f"{uri} is not loaded: {reason}") from error
+    with fetched_model(uri) as folder:
+        try:
+            model = mlflow.pyfunc.load_model(str(folder))
+        except Exception as error:  # a damaged or malicious file raises nearly everything
+            reason = " ".join(str(error).split())[:300]
+            raise RefusedModelError(f"{uri} is not loaded: {reason}") from error
 
     def predict(images: Array) -> Array:
         try:
@@ -409,17 +429,27 @@ def load_served(uri: str) -> Callable[[Array], Array]:
     return predict
 
 
-def fetch_model(uri: str) -> Path:
-    """Folder of a model's files, which are checked: from a server, a copy of them.
+@contextmanager
+def fetched_model(uri: str) -> Iterator[Path]:
+    """Folder of a model's files, which are checked: from a server, a copy that is then deleted.
 
     Raises:
         RefusedModelError: It has other files than this pipeline saves, or was saved otherwise.
     """
-    try:
-        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
-    except (MlflowException, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RefusedModelError(f"{uri}: its files cannot be read: {reason}") from error
+    with ExitStack() as stack:
+        copy = None
+        if is_server(mlflow.get_registry_uri()):
+            copy = stack.enter_context(tempfile.TemporaryDirectory())
+        try:
+            folder = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=copy)
+        except (MlflowException, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RefusedModelError(f"{uri}: its files cannot be read: {reason}") from error
+        _check_files(Path(folder), uri)
+        yield Path(folder)
+
+
+def _check_files(folder: Path, uri: str) -> None:
     paths = list(folder.rglob("*"))
     files = {str(path.relative_to(folder)) for path in paths if not path.is_dir()}
     if strange := sorted(files - _FILES):
@@ -438,7 +468,12 @@ def fetch_model(uri: str) -> Path:
     }
     if keras_module not in _KERAS or named != _FLAVORS:
         raise RefusedModelError(f"{uri} is not loaded: it was not saved by this pipeline.")
-    return folder
+
+
+def model_digest(uri: str) -> str:
+    """SHA-256 of the file that holds a model's layers and weights."""
+    with fetched_model(uri) as folder, (folder / "data" / "model.keras").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def example_of(uri: str) -> Array:
@@ -447,10 +482,10 @@ def example_of(uri: str) -> Array:
     Raises:
         RefusedModelError: As `load_model`; or the example is missing or damaged.
     """
-    folder = fetch_model(uri)
-    try:
-        given = json.loads((folder / "serving_input_example.json").read_text(encoding="utf-8"))
-        dtype = Model.load(str(folder)).signature.inputs.numpy_types()[0]  # JSON has plain numbers
-        return np.asarray(given["inputs"], dtype)
-    except (OSError, AttributeError, MlflowException, *_UNLIKE) as error:
-        raise RefusedModelError(f"{uri}: its input example is missing or damaged.") from error
+    with fetched_model(uri) as folder:
+        try:
+            given = json.loads((folder / "serving_input_example.json").read_text(encoding="utf-8"))
+            inputs = Model.load(str(folder)).signature.inputs
+            return np.asarray(given["inputs"], inputs.numpy_types()[0])  # JSON has plain numbers
+        except (OSError, AttributeError, MlflowException, *_UNLIKE) as error:
+            raise RefusedModelError(f"{uri}: its input example is missing or damaged.") from error

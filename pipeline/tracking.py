@@ -326,7 +326,10 @@ def log_inputs(
         if not name.startswith("tracking.")
     ]
     client = mlflow.MlflowClient()
-    client.log_batch(run.run_id, params=parameters)
+    known = client.get_run(run.run_id).data.params
+    # The data of a run that is gone on with may have moved; MLflow lets no parameter change.
+    new = [each for each in parameters if each.key != "data.path" or each.key not in known]
+    client.log_batch(run.run_id, params=new)
     text = yaml.safe_dump(settings, sort_keys=False, width=1_000)
     client.log_text(run.run_id, without_password(text), SETTINGS)
     datasets = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.compose import from_settings
 from pipeline.config import RunConfig, TrackingConfig
-from sweeps.board import UnrankedError, find_sweeps, load_board, objectives_of
+from sweeps.board import find_sweeps, load_board, objectives_of
 from sweeps.config import OBJECTIVES, PromotionConfig
 from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
 from sweeps.trial import METRICS, Outcome, Training, retrain
@@ -82,8 +83,11 @@ class Candidate:
     def command(self, seed: int) -> str:
         """The command line that trains it with another seed."""
         words = shlex.split(self.run.tags["command"])
-        kept = [word for word in words if not word.startswith(("seed=", "evaluate_test="))]
-        return shlex.join([*kept, "evaluate_test=false", f"seed={seed}"])
+        given = ["evaluate_test=false", f"seed={seed}"]
+        if self.config.data.path and self.config.data.path != self.run.params.get("data.path"):
+            given.append(f"data.path={self.config.data.path}")
+        replaced = tuple(f"{text.partition('=')[0]}=" for text in given)
+        return shlex.join([*(word for word in words if not word.startswith(replaced)), *given])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +132,18 @@ class Retrained:
         return ordered[(len(ordered) - 1) // 2]
 
 
-def best_of(retrained: Sequence[Retrained]) -> Retrained | None:
-    """The candidate with the best mean, among those of which no seed failed."""
+def best_of(retrained: Sequence[Retrained], *, below: float = math.inf) -> Retrained | None:
+    """The candidate with the best mean, among those of which no seed failed.
+
+    Args:
+        retrained: All candidates.
+        below: Those with fewer parameters come first.
+    """
     whole = [found for found in retrained if found.runs and not found.failures]
     if not whole:
         return None
+    small = [f for f in whole if f.median[1].metrics["parameters"] < below]
+    whole = small or whole
     sign = 1 if OBJECTIVES[whole[0].candidate.objective] == "maximize" else -1
     return max(whole, key=lambda found: sign * found.mean)
 
@@ -153,20 +164,22 @@ def find_source(config: PromotionConfig) -> Source:
         if run.tags.get("kind") == "sweep":
             return _of_sweep(run, config.promote.top)
         return _of_run(run)
-    except UnrankedError as error:
+    except ValueError as error:
         raise NothingToPromoteError(str(error)) from error
 
 
 def _of_sweep(sweep: Recorded, top: int) -> Source:
     objectives = objectives_of(sweep)
-    is_ranked = len(objectives) == 1 and objectives[0] in METRICS
+    objective = next((each for each in objectives if each in METRICS), "val_accuracy")
+    is_ranked = objectives == (objective,)
     best = [row.run for row in load_board([sweep], limit=top if is_ranked else None).rows]
-    if not is_ranked:  # by their size, their time, or several objectives
-        best.sort(key=lambda run: run.metrics[METRICS["val_accuracy"]], reverse=True)
+    if not is_ranked:  # by several objectives, or by their size or time
+        is_more = OBJECTIVES[objective] == "maximize"
+        best.sort(key=lambda run: run.metrics[METRICS[objective]], reverse=is_more)
     return Source(
         run=sweep,
         title=f"sweep {sweep.tags['sweep']}",
-        objective=objectives[0] if is_ranked else "val_accuracy",
+        objective=objective,
         best=best[:top],
     )
 
@@ -201,7 +214,13 @@ def _candidate(
 ) -> Candidate:
     from pipeline.store import read_settings
 
-    found = from_settings(read_settings(run))
+    settings = read_settings(run)
+    try:
+        found = from_settings(settings)
+    except ValueError as error:
+        raise ValueError(
+            f"run={run.run_id} ({run.name}) cannot be trained again: {error}"
+        ) from error
     if found.seed in config.promote.seeds:
         raise ValueError(
             f"promote.seeds must be fresh, got {found.seed}, which {run.name} was searched with."
@@ -209,6 +228,23 @@ def _candidate(
     data = replace(found.data, path=config.data.path) if config.data.path else found.data
     found = replace(found, data=data, tracking=tracking, evaluate_test=False)
     return Candidate(run=run, config=found, objective=objective)
+
+
+def check_data(candidate: Candidate) -> None:
+    """Checks that the data is what the search had: before a training, not after all of them.
+
+    Raises:
+        ValueError: It is not, or it is refused.
+        OSError: It cannot be read or downloaded.
+    """
+    from pipeline.data import load
+
+    data, run = load(candidate.config.data), candidate.run
+    validation = data.validation and (data.validation.digest[:16], len(data.validation))
+    if validation != run.validation or data.digest != run.tags.get("data.sha256", data.digest):
+        raise ValueError(
+            f"{data.source} is not what {run.name} was searched on: set data.path to where that is."
+        )
 
 
 # --- training again ----------------------------------------------------------------------

@@ -348,6 +348,12 @@ class SweepConfig(RunConfig):
             "positive: trials are judged on validation images",
             self.data.validation_size,
         )
+        if self.study.storage and self.study.storage == self.tracking.uri:
+            # Optuna and MLflow both keep the version of their tables in one of the same name.
+            raise ValueError(
+                "study.storage must be another database than tracking.uri, "
+                f"got {self.study.storage} for both."
+            )
         if len(self.sweep.objectives) > 1:
             check(
                 self.sampler.name != "cmaes", "sampler", "another: cmaes has one objective", "cmaes"

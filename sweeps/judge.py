@@ -73,7 +73,11 @@ def judge(tracking: TrackingConfig, data: DataConfig, run_id: str, threads: int)
     if recorded is None or given.validation is None:
         return Judgement(problem="its predictions are not recorded")
     try:
-        uri = f"models:/{logged_model(run)}"
+        model_id = logged_model(run)
+    except ValueError as error:
+        raise ValueError(f"{error} Delete that run in MLflow, and it is trained again.") from error
+    uri = f"models:/{model_id}"
+    try:
         predict = load_served(uri)
         problem = _differ(predict, given.validation, recorded)
         example = predict(example_of(uri)).argmax(axis=1)

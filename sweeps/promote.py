@@ -1,4 +1,4 @@
-"""Promotes the best model, if it is better than the champion beyond chance; takes it back.
+"""Promotes the best model, if it is better than the champion beyond chance; the command line.
 
 The top of a sweep is a maximum over noise. So its best configurations are trained again on fresh
 seeds, and the one with the best mean is the finalist. Its trainings are compared with those of the
@@ -7,21 +7,19 @@ champion; the median one is what is registered, as the best of them would be luc
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from pipeline import fast_imports, start_libraries
+from pipeline import fast_imports
 from pipeline.compose import run_cli
-from pipeline.config import TrackingConfig, check_name, without_password
+from pipeline.config import check_name, without_password
 from pipeline.pages import store_command, ui_command
 from sweeps.candidates import (
     Candidate,
@@ -31,10 +29,10 @@ from sweeps.candidates import (
     Source,
     best_of,
     candidates_of,
+    check_data,
     find_source,
 )
 from sweeps.config import EXECUTORS, GateConfig, PromotionConfig
-from sweeps.display import open_console
 from sweeps.executors import LocalExecutor, WorkerDiedError
 from sweeps.gate import (
     HOLD,
@@ -49,6 +47,7 @@ from sweeps.gate import (
 )
 from sweeps.interruption import held_signals, interruption
 from sweeps.judge import Judgement, judge
+from sweeps.ledger import SMOKE, console, roll_back, show_history
 from sweeps.study import HeldError, hold
 from sweeps.trial import warm_up
 from sweeps.verdict import (
@@ -70,10 +69,7 @@ if TYPE_CHECKING:  # or MLflow is imported
     from pipeline.store import Recorded, Store
     from pipeline.tracking import Run
 
-SMOKE = "smoke"  # tag of a version: the classes it predicts for its input example
 POLL = 1.0  # seconds between two tries to be the only promotion of a model
-
-console = open_console()
 
 
 class PromotionFailedError(OSError):
@@ -107,30 +103,39 @@ def promote(config: PromotionConfig, overrides: Sequence[str], uri: str) -> None
         OSError: Something broke on the way; the champion stands.
         KeyboardInterrupt: A signal stopped it.
     """
-    from pipeline.registry import deciding
+    from pipeline.registry import deciding, lock_uri
     from pipeline.store import experiments, open_store
 
     source = find_source(config)
-    candidates = candidates_of(source, config, experiments()[source.run.experiment_id])
+    if source.is_sweep and source.run.status != "FINISHED":
+        console.print(f"Note: {source.title} is {source.run.status}: these are its best so far.")
+    experiment = experiments().get(source.run.experiment_id)
+    if experiment is None:
+        raise NothingToPromoteError(f"the experiment of {source.title} was deleted: restore it.")
+    candidates = candidates_of(source, config, experiment)
     first = candidates[0].config
     name = config.name or first.data.name
     check_name("name", name)
     command = _command(config, source, overrides)
-    lock = _lock_uri(uri, config.tracking)
+    lock = lock_uri(uri, config.tracking)
     with _queue(name, lock):
         store = open_store(first.tracking)
         retraining = Retraining(store=store, name=name, seeds=config.promote.seeds)
-        if not retraining.missing(candidates):
+        if retraining.missing(candidates):
+            check_data(candidates[0])  # a search has one data set
+        else:
             retrained = [retraining.result(candidate) for candidate in candidates]
-            if _is_champion(best_of(retrained), name):
+            if _is_champion(_finalist(retrained, name, config.promote), name):
                 _close(store, source, name)
                 return
         parent = _open_parent(store, source, name, config, command)
         with _ending(parent, command):
             retrained = _retrain(retraining, candidates, config, parent, command)
-            if _is_champion(best_of(retrained), name):
+            finalist = _finalist(retrained, name, config.promote)
+            if _is_champion(finalist, name):
+                parent.describe(f"The best of {source.title} is the champion already.")
                 return
-            challenge = _challenge(source, retrained, command)
+            challenge = _challenge(source, retrained, finalist, command)
             with deciding(lock, name):
                 verdict = _decide(challenge, name, config.promote)
                 version = _record(verdict, parent)
@@ -142,15 +147,6 @@ def _command(config: PromotionConfig, source: Source, overrides: Sequence[str]) 
     if not config.run and not config.sweep.names:
         given.append(f"sweep.name={source.run.tags['sweep']}")
     return without_password(shlex.join(["python", "-m", "sweeps.promote", *given]))
-
-
-def _lock_uri(uri: str, tracking: TrackingConfig) -> str:
-    """Of the database that the lock is in or beside; of a server, in our own folder."""
-    from pipeline.store import is_server
-
-    if is_server(uri):
-        return f"sqlite:///{Path(tracking.directory).absolute() / 'mlflow.db'}"
-    return uri
 
 
 @contextmanager
@@ -202,9 +198,6 @@ def _open_parent(
     """The promotion's run: that of an interrupted one, or a new one."""
     from pipeline.tracking import create_run
 
-    if found := _find_parent(store, source, name):
-        found.reopen()
-        return found
     tags = {
         "kind": "promotion",
         "promotes": source.run.run_id,
@@ -212,7 +205,11 @@ def _open_parent(
         "command": command,
         **{f"promote.{key}": value for key, value in vars(config.promote).items()},
     }
-    run = create_run(store, f"promotion of {source.title}", tags)
+    if run := _find_parent(store, source, name):
+        run.reopen()
+        run.set_tags(tags)  # what it goes on with may differ
+    else:
+        run = create_run(store, f"promotion of {source.title}", tags)
     run.describe(f"A promotion of {source.title}, under way. Go on with: `{command}`")
     return run
 
@@ -231,7 +228,7 @@ def _ending(parent: Run, command: str) -> Iterator[None]:
             parent.end("FAILED", error=reason)
         if isinstance(error, ValueError):
             raise
-        raise PromotionFailedError(f"{reason} Go on with: {command}") from error
+        raise PromotionFailedError(f"{reason.rstrip('.')}. Go on with: {command}") from error
     parent.end("FINISHED")
 
 
@@ -285,9 +282,23 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
         yield show
 
 
-def _challenge(source: Source, retrained: Sequence[Retrained], command: str) -> Challenge:
+def _finalist(retrained: Sequence[Retrained], name: str, gate: GateConfig) -> Retrained | None:
+    """The candidate with the best mean; where the smaller takes the place, of the smaller ones."""
+    from pipeline.registry import version_of
+    from pipeline.store import read_run
+
+    below, champion = math.inf, version_of(name)
+    if champion and gate.rule == "non_inferiority":
+        with suppress(ValueError):  # its run is gone: there is nothing to compare with
+            below = read_run(champion.run_id).metrics["parameters"]
+    return best_of(retrained, below=below)
+
+
+def _challenge(
+    source: Source, retrained: Sequence[Retrained], finalist: Retrained | None, command: str
+) -> Challenge:
     """The finalist, its median run judged in a clean process."""
-    finalist, judgement = best_of(retrained), Judgement(problem="a seed of each candidate failed")
+    judgement = Judgement(problem="a seed of each candidate failed")
     if finalist:
         config, run_id = finalist.candidate.config, finalist.median[1].run_id
         arguments = (config.tracking, config.data, run_id, config.training.threads)
@@ -359,34 +370,38 @@ def _against(
 
     if champion is None:
         return None, beats(gate, None, None)
-    ours, theirs = list(finalist.runs.values()), _trainings_of(champion)
-    run, reigning = finalist.median[1], read_run(champion.run_id)
-    problem = ""
+    anew = "promote to another name=, or delete this alias in MLflow to begin anew"
+    try:
+        reigning = read_run(champion.run_id)
+    except ValueError:  # deleted for good
+        return None, _incomparable(f"the run of {champion} is not there any more: {anew}")
+    run = finalist.median[1]
     if run.validation != reigning.validation:
-        problem = (
+        return None, _incomparable(
             f"{champion} was judged on other validation images; promote to another name=, or "
             "search with its data.split_seed and data.validation_size"
         )
-    right, theirs_right = _correct(ours), _correct(theirs)
-    if right is None or theirs_right is None:
-        problem = problem or f"the predictions of {champion} are not there any more"
-    if problem or right is None or theirs_right is None:
-        check = Check(name="comparable", holds=False, evidence=problem, decision=HOLD)
-        return None, check
+    ours = _correct(list(finalist.runs.values()))
+    theirs = _correct(_trainings_of(reigning, champion.name))
+    if ours is None or theirs is None:
+        return None, _incomparable(f"the predictions of {champion} are not there any more: {anew}")
     doubt = 1 if gate.rule == "non_inferiority" else 0  # shown by what is not there: losses
-    found = compare(right, theirs_right, significance, doubt=doubt)
+    found = compare(ours, theirs, significance, doubt=doubt)
     sizes = int(run.metrics["parameters"]), int(reigning.metrics["parameters"])
     return found, beats(gate, found, sizes)
 
 
-def _trainings_of(champion: Version) -> list[Recorded]:
-    """The champion's run and those of its configuration on other seeds, by their seeds."""
-    from pipeline.store import read_run, search
+def _incomparable(reason: str) -> Check:
+    return Check(name="comparable", holds=False, evidence=reason, decision=HOLD)
 
-    run = read_run(champion.run_id)
+
+def _trainings_of(run: Recorded, name: str) -> list[Recorded]:
+    """The champion's run and those of its configuration on other seeds, by their seeds."""
+    from pipeline.store import search
+
     condition = (
         f"tags.retrains = '{run.tags.get('retrains', '')}' and "
-        f"tags.`promotion.model` = '{champion.name}' and attributes.status = 'FINISHED'"
+        f"tags.`promotion.model` = '{name}' and attributes.status = 'FINISHED'"
     )
     found = [each for each in search(condition) if each.validation == run.validation]
     return sorted(found, key=lambda each: int(each.tags["retrained.seed"])) or [run]
@@ -411,9 +426,11 @@ def _record(verdict: Verdict, parent: Run) -> Version | None:
     challenge, version = verdict.challenge, None
     if verdict.decision != REJECT:
         assert challenge.run is not None
-        version = register(verdict.name, challenge.run, model_card(verdict), _tags(verdict, parent))
+        tags, is_promoted = _tags(verdict, parent), verdict.decision == PROMOTE
+        card = model_card(verdict)
+        version = register(verdict.name, challenge.run, card, tags, anew=is_promoted)
         set_alias(version, CHALLENGER)
-        parent.log_text(model_card(verdict), "model_card.md")
+        parent.log_text(card, "model_card.md")
     parent.log_figure(seeds_figure(challenge.retrained), "seeds")
     parent.log_text(as_json(verdict, version), "verdict.json")
     parent.log_text(as_markdown(verdict, version), "verdict.md")
@@ -473,80 +490,6 @@ def _print(
         console.print(f"Use it: {use}")
         console.print(f"Take it back: {back}")
     console.print(f"See it: {parent.address or ui_command(parent.run_id, overrides)}")
-
-
-# --- the ledger --------------------------------------------------------------------------
-
-
-def roll_back(config: PromotionConfig, uri: str) -> None:
-    """Makes the previous champion the champion again, if it still answers as at its promotion.
-
-    Raises:
-        ValueError: There is none, or it does not load, or answers otherwise; the champion stays.
-    """
-    from pipeline.registry import (
-        deciding,
-        find_version,
-        move_champion,
-        previous_champion,
-        read_version,
-    )
-
-    name = find_version(config.name).name
-    with deciding(_lock_uri(uri, config.tracking), name):
-        champion, number = find_version(name), previous_champion(name)
-        if number is None:
-            raise ValueError(f"name={name}: {champion} has no champion before it.")
-        version = read_version(name, number)
-        images = _smoke(version)
-        evidence = f"takes back version {champion.number}; {images} images predicted as before"
-        move_champion(version, action="rollback", promotion="", evidence=evidence)
-    console.print(
-        f"{version} is the champion again, in place of version {champion.number}: it predicts its "
-        f"{images} example images as at its promotion."
-    )
-
-
-def _smoke(version: Version) -> int:
-    """Predicts the input example; returns how many images that are."""
-    from pipeline.registry import example_of, load_served
-
-    with console.status("starting TensorFlow for a smoke prediction"):
-        start_libraries()
-    from pipeline.train import initialize
-
-    initialize(threads=1, seed=0)
-    classes = load_served(version.uri)(example_of(version.uri)).argmax(axis=1)
-    found = " ".join(map(str, classes))
-    if found != version.tags.get(SMOKE, found):
-        raise ValueError(
-            f"{version} predicts {found} for its example, at its promotion "
-            f"{version.tags[SMOKE]}: the champion stays."
-        )
-    return len(classes)
-
-
-def show_history(config: PromotionConfig) -> None:
-    """Prints the ledger of a model, or of all."""
-    from pipeline.registry import find_version, read_ledger, registered_models
-
-    names = [find_version(config.name).name] if config.name else registered_models()
-    if not names:
-        find_version(None)  # says so
-    for name in names:
-        table = Table(title=name, title_justify="left", box=None, pad_edge=False)
-        for heading in ("when", "action", "version", "replaced", "run", "evidence"):
-            table.add_column(heading)
-        for move in read_ledger(name):
-            table.add_row(
-                f"{datetime.fromisoformat(move.at).astimezone():%Y-%m-%d %H:%M}",
-                move.action if move.happened else f"{move.action}, broken off",
-                str(move.version),
-                str(move.replaced or ""),
-                move.run_id,
-                move.evidence,
-            )
-        console.print(table)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def hold(name: str, uri: str, work: str = "sweep") -> Iterator[None]:
     Args:
         name: Of the sweep.
         uri: Of the database beside or in which the lock is.
-        work: Of which kind it is; of each, names are their own.
+        work: `sweep` or `promotion`; of each, names are their own.
 
     Raises:
         HeldError: Another launcher holds it; the message says which.
@@ -87,6 +87,13 @@ def hold(name: str, uri: str, work: str = "sweep") -> Iterator[None]:
     path = sqlite_path(uri)
     with _hold_on_server(name, uri, work) if path is None else _hold_file(name, path.parent, work):
         yield
+
+
+def _held(work: str, name: str, by: str) -> str:
+    what = (
+        f"sweep.name={name} is being run" if work == "sweep" else f"name={name} is being promoted"
+    )
+    return f"{what} by {by}."
 
 
 def _me() -> str:
@@ -103,7 +110,7 @@ def _hold_file(name: str, folder: Path, work: str) -> Iterator[None]:
     except Timeout:
         time.sleep(0.2)  # who has just taken it writes its name
         by = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
-        raise HeldError(f"{work}.name={name} is being run by {by}.") from None
+        raise HeldError(_held(work, name, by)) from None
     with held:
         new = holder.with_suffix(f".{os.getpid()}.tmp")
         new.write_text(_me(), encoding="utf-8")
@@ -134,7 +141,7 @@ def _hold_on_server(name: str, uri: str, work: str) -> Iterator[None]:
                 ),
                 key,
             )
-            raise HeldError(f"{work}.name={name} is being run by {by or 'another process'}.")
+            raise HeldError(_held(work, name, by or "another process"))
         try:
             yield
         finally:  # now, not when the server notices that the connection is closed
