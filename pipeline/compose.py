@@ -107,6 +107,9 @@ def to_typed(cfg: DictConfig, schema: type[T], variants: Variants) -> T:
         OmegaConf.set_readonly(typed, False)
         for field in fields(cast(Any, schema)):
             if is_dataclass(field.type):
+                if not isinstance(cfg[field.name], DictConfig):
+                    keys = ", ".join(f"{field.name}.{each.name}" for each in fields(field.type))
+                    raise ValueError(f"{field.name} is a section, of {keys}: set one of these.")
                 typed[field.name] = field.type
                 if types := variants.get(field.name):
                     check_choice(f"{field.name}.name", cfg[field.name].name, tuple(types))
@@ -302,6 +305,8 @@ def _explain(error: BaseException, config_name: str) -> str:
             known = _unknown(key[1], config_name)
             if known:
                 return known
+        if key and key[1] == "model" and "name" in (names := _known_names(config_name)):
+            return f"model: no such key{_nearest('name', names)}"
         if added := re.search(r"use (\+\S+=\S+)", text):
             return f"write {added[1]}: it is added to the defaults."
         return text

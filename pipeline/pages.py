@@ -161,6 +161,11 @@ def run_page(experiment_id: str, run_id: str, artifact: str = "") -> str:
     return _page(f"experiments/{experiment_id}/runs/{run_id}{inside}")
 
 
+def version_page(name: str, number: int) -> str:
+    """A version of a registered model."""
+    return _page(f"models/{quote(name)}/versions/{number}")
+
+
 def compare_page(experiment_id: str, run_ids: Sequence[str]) -> str:
     """Some runs side by side."""
     given = {"runs": list(run_ids), "experiments": [experiment_id]}

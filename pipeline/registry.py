@@ -38,6 +38,9 @@ if TYPE_CHECKING:  # or TensorFlow is imported
 CHAMPION, CHALLENGER = "champion", "challenger"
 DIGEST = "model.sha256"  # tag of a version: of the file that holds its layers and weights
 _DESCRIPTION = 5_000  # characters that MLflow's databases have room for
+_ABOUT = """Champions are made by `python -m sweeps.promote`, which writes down why.
+
+Who was champion when, and why: `python -m sweeps.promote history=true name={name}`"""
 _LINE = "ledger."  # what the tags begin with that are lines of the ledger
 
 # All that a model of ours consists of. Anything else could be code: a pickle, a module.
@@ -235,7 +238,7 @@ def register(
     """
     client = mlflow.MlflowClient()
     with _unless_existing():
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=_ABOUT.format(name=name))
     shown = {key: without_password(str(value)) for key, value in tags.items()}
     card = without_password(card)[:_DESCRIPTION]
     model_id = logged_model(run)

@@ -86,6 +86,9 @@ class Run:
         """Sets the Markdown text that the UI shows on top of the run."""
         self.set_tags({NOTE: text})
 
+    def rename(self, name: str) -> None:
+        mlflow.MlflowClient().update_run(self.run_id, name=name)
+
     def end(self, status: str, *, error: str = "") -> None:
         """Ends the run as FINISHED, KILLED or FAILED; one that ended before ends anew."""
         if error:

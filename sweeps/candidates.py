@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +74,10 @@ class Candidate:
 
     @property
     def title(self) -> str:
-        return f"trial {self.run.tags['trial']}" if "trial" in self.run.tags else self.run.name
+        """Without its seed: it is trained on others."""
+        if "trial" in self.run.tags:
+            return f"trial {self.run.tags['trial']}"
+        return re.sub(r" seed=\d+$", "", self.run.name)
 
     def value(self, run: Recorded) -> float:
         """The objective of one of its runs."""
@@ -132,18 +135,19 @@ class Retrained:
         return ordered[(len(ordered) - 1) // 2]
 
 
-def best_of(retrained: Sequence[Retrained], *, below: float = math.inf) -> Retrained | None:
+def best_of(retrained: Sequence[Retrained], *, below: float | None = None) -> Retrained | None:
     """The candidate with the best mean, among those of which no seed failed.
 
     Args:
         retrained: All candidates.
-        below: Those with fewer parameters come first.
+        below: Number of parameters; where there are candidates with fewer, it is among these.
     """
     whole = [found for found in retrained if found.runs and not found.failures]
+    if below is not None:
+        small = [found for found in whole if found.candidate.run.metrics["parameters"] < below]
+        whole = small or whole
     if not whole:
         return None
-    small = [f for f in whole if f.median[1].metrics["parameters"] < below]
-    whole = small or whole
     sign = 1 if OBJECTIVES[whole[0].candidate.objective] == "maximize" else -1
     return max(whole, key=lambda found: sign * found.mean)
 
@@ -190,8 +194,11 @@ def _of_run(run: Recorded) -> Source:
             f"run={run.run_id} is a {run.tags['kind']}: give a run that trained a model."
         )
     if run.status != "FINISHED":
-        reason = f": {run.tags['error']}" if "error" in run.tags else ""
-        raise NothingToPromoteError(f"run={run.run_id} ({run.name}) is {run.status}{reason}")
+        reason = f" ({run.tags['error']})" if "error" in run.tags else ""
+        raise NothingToPromoteError(
+            f"run={run.run_id} ({run.name}) is {run.status}{reason}: only a FINISHED "
+            "run can be promoted."
+        )
     if run.validation is None or METRICS["val_accuracy"] not in run.metrics:
         raise NothingToPromoteError(
             f"run={run.run_id} ({run.name}) was judged on no validation images."

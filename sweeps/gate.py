@@ -6,7 +6,9 @@ these fall on the challenger's side more often than a fair coin would (McNemar 1
 form of Edwards 1948; one-sided). Over several seeds an image counts several times, so besides the
 interval around the gain has to leave out 0: a bootstrap of whole images, however often each counts
 (Efron and Tibshirani 1993, percentiles). The challenger was the best of several candidates on
-these images, so each of them has its part of the error that is allowed (Bonferroni).
+these images, so each of them has its part of the error that is allowed (Bonferroni). The seeds are
+taken as they are, and so are the candidates: that a search chose them on the same images, from many
+more, is not counted.
 
 Averaging over seeds is what makes small gains visible: two trainings of one configuration differ
 on as many images as those of two configurations (on MNIST 1.4 %).
@@ -53,13 +55,14 @@ class Comparison:
     p_value: float
     significance: float
 
-    def __str__(self) -> str:
+    @property
+    def effect(self) -> str:
+        """The gain and what surrounds it, in words."""
         each = f", {self.seeds} seeds each" if self.seeds > 1 else ""
         return (
             f"{self.gain:+.4f} ({100 * (1 - 2 * self.significance):.3g} % interval "
             f"{self.low:+.4f} to {self.high:+.4f}) on {self.images:,} validation images{each}: "
-            f"{self.gained} gained, {self.lost} lost; McNemar's exact test p = {self.p_value:.2g}, "
-            f"at most {self.significance:.3g} asked"
+            f"{self.gained} gained, {self.lost} lost"
         )
 
 
@@ -154,17 +157,24 @@ def beats(
         return Check(name="better than the champion", holds=True, evidence=evidence, decision=HOLD)
     if config.rule == "superiority":
         holds = found.p_value <= found.significance and found.low > 0
-        return Check(
-            name="better than the champion", holds=holds, evidence=str(found), decision=HOLD
+        evidence = (
+            f"{found.effect}; McNemar's exact test p = {found.p_value:.2g}, at most "
+            f"{found.significance:.3g} asked{_share(config.significance, found.significance)}"
         )
+        return Check(name="better than the champion", holds=holds, evidence=evidence, decision=HOLD)
     ours, theirs = parameters
     holds = ours < theirs and found.low > -config.margin
     evidence = (
-        f"{ours:,} parameters against {theirs:,}, which must be more; {found}; the interval must "
-        f"lie above {-config.margin:g}"
+        f"{ours:,} parameters, the champion has {theirs:,}; {found.effect}; an interval above "
+        f"{-config.margin:g} asked"
     )
     name = "smaller than the champion, and not worse"
     return Check(name=name, holds=holds, evidence=evidence, decision=HOLD)
+
+
+def _share(whole: float, part: float) -> str:
+    candidates = round(whole / part)
+    return f" ({whole:g} shared by {candidates} candidates)" if candidates > 1 else ""
 
 
 def decide(checks: Sequence[Check]) -> str:

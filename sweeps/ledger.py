@@ -57,8 +57,6 @@ def _smoke(version: Version) -> int:
     """
     from pipeline.registry import DIGEST, example_of, load_served, model_digest
 
-    if version.tags.get(DIGEST) != model_digest(version.uri):
-        raise ValueError(f"the file of {version} is not what was promoted: the champion stays.")
     with console.status("starting TensorFlow for a smoke prediction"):
         start_libraries()
     from pipeline.train import initialize
@@ -71,6 +69,8 @@ def _smoke(version: Version) -> int:
             f"{version} predicts {found} for its example, at its promotion "
             f"{version.tags[SMOKE]}: the champion stays."
         )
+    if version.tags.get(DIGEST) != model_digest(version.uri):
+        raise ValueError(f"the file of {version} is not what was promoted: the champion stays.")
     return len(classes)
 
 

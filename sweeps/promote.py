@@ -7,7 +7,6 @@ champion; the median one is what is registered, as the best of them would be luc
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +115,7 @@ def promote(config: PromotionConfig, overrides: Sequence[str], uri: str) -> None
     first = candidates[0].config
     name = config.name or first.data.name
     check_name("name", name)
+    _tell_if_new(name)
     command = _command(config, source, overrides)
     lock = lock_uri(uri, config.tracking)
     with _queue(name, lock):
@@ -140,6 +140,15 @@ def promote(config: PromotionConfig, overrides: Sequence[str], uri: str) -> None
                 verdict = _decide(challenge, name, config.promote)
                 version = _record(verdict, parent)
         _print(verdict, version, parent, overrides)
+
+
+def _tell_if_new(name: str) -> None:
+    """A name that is misspelt would begin a model of its own, with no champion to beat."""
+    from pipeline.registry import registered_models
+
+    known = registered_models()
+    if known and name not in known:
+        console.print(f"Note: name={name} is new; promoted so far: {', '.join(known)}.")
 
 
 def _command(config: PromotionConfig, source: Source, overrides: Sequence[str]) -> str:
@@ -248,8 +257,9 @@ def _retrain(
     if missing := retraining.missing(candidates):
         workers = min(config.executor.count(candidates[0].config.training.threads), len(missing))
         console.print(
-            f"{parent.name.capitalize()}: {len(candidates)} candidates on {len(retraining.seeds)} "
-            f"fresh seeds each, {len(missing)} trainings to do; {workers} at once."
+            f"{parent.name.capitalize()}: {_count(candidates, 'candidate')} on "
+            f"{_count(retraining.seeds, 'fresh seed')} each, {_count(missing, 'training')} to do; "
+            f"{workers} at once."
         )
         with (
             held_signals(console, command) as received,
@@ -260,6 +270,10 @@ def _retrain(
         if received:
             raise interruption(received[0], f"Stopped. Go on with: {command}")
     return [retraining.result(candidate) for candidate in candidates]
+
+
+def _count(things: Sequence[object], what: str) -> str:
+    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 
 
 @contextmanager
@@ -287,7 +301,7 @@ def _finalist(retrained: Sequence[Retrained], name: str, gate: GateConfig) -> Re
     from pipeline.registry import version_of
     from pipeline.store import read_run
 
-    below, champion = math.inf, version_of(name)
+    below, champion = None, version_of(name)
     if champion and gate.rule == "non_inferiority":
         with suppress(ValueError):  # its run is gone: there is nothing to compare with
             below = read_run(champion.run_id).metrics["parameters"]
@@ -436,6 +450,7 @@ def _record(verdict: Verdict, parent: Run) -> Version | None:
     parent.log_text(as_markdown(verdict, version), "verdict.md")
     parent.describe(as_markdown(verdict, version))
     parent.set_tags({"verdict": verdict.decision})
+    parent.rename(f"{parent.name}: {verdict.decision}")
     parent.log_metrics(_metrics(verdict))
     if version and verdict.decision == PROMOTE:
         delete_alias(version.name, CHALLENGER)
@@ -485,10 +500,11 @@ def _print(
     console.print()
     if verdict.decision == PROMOTE:
         name = f"name={verdict.name}"
-        use = store_command(overrides, "pipeline.predict", "FILE.png", name)
-        back = store_command(overrides, "sweeps.promote", "rollback=true", name)
+        use = store_command(overrides, "pipeline.predict", "images.npz", name)
         console.print(f"Use it: {use}")
-        console.print(f"Take it back: {back}")
+        if verdict.champion:
+            back = store_command(overrides, "sweeps.promote", "rollback=true", name)
+            console.print(f"Take it back: {back}")
     console.print(f"See it: {parent.address or ui_command(parent.run_id, overrides)}")
 
 

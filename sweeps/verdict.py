@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from pipeline.config import flatten
+from pipeline.pages import version_page
 from sweeps.candidates import Retrained, Source
 from sweeps.display import number
 from sweeps.gate import CONFIDENCE, Check, Comparison, interval
@@ -138,7 +139,8 @@ def headline(verdict: Verdict, version: Version | None) -> str:
     stays = f"{champion} stays champion" if champion else f"{verdict.name} still has no champion"
     if verdict.decision != "PROMOTE":
         was = f"the challenger was {challenger}" if challenger else "no candidate is left"
-        return f"{verdict.decision}: {stays}; {was}"
+        worse = ", which is worse" if verdict.comparison and verdict.comparison.high < 0 else ""
+        return f"{verdict.decision}: {stays}; {was}{worse}"
     instead = f"in place of version {champion.number}" if champion else "its first"
     return f"PROMOTE: {version} ({challenger}) is the champion, {instead}"
 
@@ -205,6 +207,11 @@ def as_markdown(verdict: Verdict, version: Version | None) -> str:
     return "\n\n".join(
         [
             f"**{headline(verdict, version)}**",
+            *(
+                [f"See [{version}]({version_page(version.name, version.number)})."]
+                if version
+                else []
+            ),
             "\n".join(f"- {line}" for line in lines(verdict)),
             _table(challenge.retrained),
             *(
@@ -237,7 +244,10 @@ def seeds_figure(retrained: Sequence[Retrained]) -> Figure:
         searched = found.candidate.value(found.candidate.run)
         labels = ("in the search", "on a fresh seed", "their mean") if row == 0 else ("_", "_", "_")
         axes.plot(searched, row, "D", color="tab:orange", label=labels[0])
-        axes.plot(found.values, [row] * len(found.runs), "o", color="tab:blue", label=labels[1])
+        apart = [
+            row + 0.08 * (place - (len(found.runs) - 1) / 2) for place in range(len(found.runs))
+        ]
+        axes.plot(found.values, apart, "o", color="tab:blue", ms=5, label=labels[1])
         if found.runs:
             axes.plot(found.mean, row, "|", color="black", ms=18, mew=2, label=labels[2])
     axes.set_yticks(range(len(retrained)), [found.candidate.title for found in retrained])

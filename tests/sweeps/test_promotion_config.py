@@ -164,6 +164,27 @@ def test_a_setting_of_the_wrong_type_or_unknown_is_refused_with_its_key_in_one_l
     assert len(told.splitlines()) == 1
 
 
+def test_seeds_that_are_no_list_are_refused_with_how_to_write_one() -> None:
+    with pytest.raises(ValueError) as error:
+        compose("promote.seeds=7")
+
+    assert str(error.value) == "promote.seeds must be a list, as promote.seeds=[1,2]."
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sweep=small", "sweep is a section, of sweep.name: set one of these."),
+        ("model=digits", "model: no such key; did you mean name?"),
+    ],
+)
+def test_a_key_that_was_nearly_right_leads_to_the_right_one(override: str, told: str) -> None:
+    with pytest.raises((ValueError, HydraException)) as error:
+        compose(override)
+
+    assert explain(error.value, "promote") == told
+
+
 ASKED = {
     "run": "run=0123456789abcdef",
     "sweep.name": "sweep.name=small",

@@ -225,3 +225,11 @@ def test_cmaes_has_one_objective() -> None:
     assert error_of("sampler=cmaes", "sweep.objective=[val_loss,parameters]") == (
         "sampler must be another: cmaes has one objective, got 'cmaes'."
     )
+
+
+def test_the_study_and_the_runs_have_a_database_each() -> None:
+    address = "postgresql+psycopg://me@127.0.0.1/one"
+
+    assert error_of(f"study.storage={address}", f"tracking.uri={address}") == (
+        f"study.storage must be another database than tracking.uri, got {address} for both."
+    )
