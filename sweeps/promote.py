@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline import fast_imports
@@ -32,18 +31,9 @@ from sweeps.candidates import (
     find_source,
 )
 from sweeps.config import EXECUTORS, GateConfig, PromotionConfig
+from sweeps.decision import reach_verdict
 from sweeps.executors import LocalExecutor, WorkerDiedError
-from sweeps.gate import (
-    HOLD,
-    PROMOTE,
-    REJECT,
-    Check,
-    Comparison,
-    Correct,
-    beats,
-    compare,
-    decide,
-)
+from sweeps.gate import PROMOTE, REJECT
 from sweeps.interruption import held_signals, interruption
 from sweeps.judge import Judgement, judge
 from sweeps.ledger import SMOKE, console, roll_back, show_history
@@ -55,7 +45,6 @@ from sweeps.verdict import (
     as_json,
     as_markdown,
     candidates_table,
-    describe_test,
     headline,
     lines,
     luck,
@@ -65,7 +54,7 @@ from sweeps.verdict import (
 
 if TYPE_CHECKING:  # or MLflow is imported
     from pipeline.registry import Version
-    from pipeline.store import Recorded, Store
+    from pipeline.store import Store
     from pipeline.tracking import Run
 
 POLL = 1.0  # seconds between two tries to be the only promotion of a model
@@ -130,6 +119,7 @@ def promote(config: PromotionConfig, overrides: Sequence[str], uri: str) -> None
                 return
         parent = _open_parent(store, source, name, config, command)
         with _ending(parent, command):
+            console.print(f"Promotion of {source.title}.")
             retrained = _retrain(retraining, candidates, config, parent, command)
             finalist = _finalist(retrained, name, config.promote)
             if _is_champion(finalist, name):
@@ -137,7 +127,7 @@ def promote(config: PromotionConfig, overrides: Sequence[str], uri: str) -> None
                 return
             challenge = _challenge(source, retrained, finalist, command)
             with deciding(lock, name):
-                verdict = _decide(challenge, name, config.promote)
+                verdict = reach_verdict(challenge, name, config.promote)
                 version = _record(verdict, parent)
         _print(verdict, version, parent, overrides)
 
@@ -257,9 +247,8 @@ def _retrain(
     if missing := retraining.missing(candidates):
         workers = min(config.executor.count(candidates[0].config.training.threads), len(missing))
         console.print(
-            f"{parent.name.capitalize()}: {_count(candidates, 'candidate')} on "
-            f"{_count(retraining.seeds, 'fresh seed')} each, {_count(missing, 'training')} to do; "
-            f"{workers} at once."
+            f"{_count(candidates, 'candidate')} on {_count(retraining.seeds, 'fresh seed')} each, "
+            f"{_count(missing, 'training')} to do; {workers} at once."
         )
         with (
             held_signals(console, command) as received,
@@ -333,102 +322,6 @@ def _challenge(
     )
 
 
-def _decide(challenge: Challenge, name: str, gate: GateConfig) -> Verdict:
-    """Compares the challenger with who is champion now."""
-    from pipeline.registry import version_of
-
-    champion, comparison = version_of(name), None
-    checks = _checks_alone(challenge.judgement, gate)
-    if challenge.finalist:
-        candidates = sum(bool(found.runs) for found in challenge.retrained)
-        significance = gate.significance / candidates
-        comparison, check = _against(challenge.finalist, champion, gate, significance)
-        checks.append(check)
-    return Verdict(
-        decision=decide(checks),
-        name=name,
-        challenge=challenge,
-        champion=champion,
-        comparison=comparison,
-        checks=checks,
-    )
-
-
-def _checks_alone(judgement: Judgement, gate: GateConfig) -> list[Check]:
-    """What is asked of the challenger, whoever is champion."""
-    evidence = judgement.problem or (
-        f"loaded in a clean process, it answers {judgement.images:,} validation images as recorded"
-    )
-    served = Check(
-        name="serves what was recorded",
-        holds=not judgement.problem,
-        evidence=evidence,
-        decision=REJECT,
-    )
-    if judgement.looked is None:
-        return [served]
-    floor = Check(
-        name="good enough",
-        holds=judgement.looked.accuracy >= gate.floor,
-        evidence=f"test accuracy {describe_test(judgement.looked)}, at least {gate.floor:g} asked",
-        decision=REJECT,
-    )
-    return [served, floor]
-
-
-def _against(
-    finalist: Retrained, champion: Version | None, gate: GateConfig, significance: float
-) -> tuple[Comparison | None, Check]:
-    """The finalist's trainings against the champion's."""
-    from pipeline.store import read_run
-
-    if champion is None:
-        return None, beats(gate, None, None)
-    anew = "promote to another name=, or delete this alias in MLflow to begin anew"
-    try:
-        reigning = read_run(champion.run_id)
-    except ValueError:  # deleted for good
-        return None, _incomparable(f"the run of {champion} is not there any more: {anew}")
-    run = finalist.median[1]
-    if run.validation != reigning.validation:
-        return None, _incomparable(
-            f"{champion} was judged on other validation images; promote to another name=, or "
-            "search with its data.split_seed and data.validation_size"
-        )
-    ours = _correct(list(finalist.runs.values()))
-    theirs = _correct(_trainings_of(reigning, champion.name))
-    if ours is None or theirs is None:
-        return None, _incomparable(f"the predictions of {champion} are not there any more: {anew}")
-    doubt = 1 if gate.rule == "non_inferiority" else 0  # shown by what is not there: losses
-    found = compare(ours, theirs, significance, doubt=doubt)
-    sizes = int(run.metrics["parameters"]), int(reigning.metrics["parameters"])
-    return found, beats(gate, found, sizes)
-
-
-def _incomparable(reason: str) -> Check:
-    return Check(name="comparable", holds=False, evidence=reason, decision=HOLD)
-
-
-def _trainings_of(run: Recorded, name: str) -> list[Recorded]:
-    """The champion's run and those of its configuration on other seeds, by their seeds."""
-    from pipeline.store import search
-
-    condition = (
-        f"tags.retrains = '{run.tags.get('retrains', '')}' and "
-        f"tags.`promotion.model` = '{name}' and attributes.status = 'FINISHED'"
-    )
-    found = [each for each in search(condition) if each.validation == run.validation]
-    return sorted(found, key=lambda each: int(each.tags["retrained.seed"])) or [run]
-
-
-def _correct(runs: Sequence[Recorded]) -> Correct | None:
-    """`[seeds, n]`, whether the predictions that are there are right; None where none are."""
-    from pipeline.store import read_predictions
-
-    found = [predicted.correct for run in runs if (predicted := read_predictions(run))]
-    return np.array(found) if found else None
-
-
 def _record(verdict: Verdict, parent: Run) -> Version | None:
     """Writes all that was found; moves the champion last.
 
@@ -450,7 +343,7 @@ def _record(verdict: Verdict, parent: Run) -> Version | None:
     parent.log_text(as_markdown(verdict, version), "verdict.md")
     parent.describe(as_markdown(verdict, version))
     parent.set_tags({"verdict": verdict.decision})
-    parent.rename(f"{parent.name}: {verdict.decision}")
+    parent.rename(f"promotion of {challenge.source.title}: {verdict.decision}")
     parent.log_metrics(_metrics(verdict))
     if version and verdict.decision == PROMOTE:
         delete_alias(version.name, CHALLENGER)

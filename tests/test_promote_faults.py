@@ -142,7 +142,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         stopped = left(second, folder)
 
     with Started(*PROMOTE, *shlex.split(stopped.go_on)[3:], folder=folder) as third:
-        third.says("1 trainings to do")
+        third.says("1 training to do")
         third.process.send_signal(signal.SIGTERM)
         terminated = left(third, folder)
 
@@ -214,7 +214,7 @@ def test_of_two_that_go_on_with_it_at_once_one_does_and_the_other_finds_it_done(
 
     assert (first, second) == (0, 0)
     assert "PROMOTE: digits version 1 " in said
-    assert "trainings to do" not in said
+    assert " to do; " not in said
     assert re.search(r"^Waiting: name=digits is being promoted by process \d+ on ", waited)
     assert waited.endswith("\ndigits version 1 is the champion already: nothing is changed.\n")
 
