@@ -86,8 +86,6 @@ def from_settings(settings: Mapping[str, Any]) -> RunConfig:
         return to_config(OmegaConf.create(dict(settings)))
     except ValueError as error:
         raise ValueError(str(error).partition(": set ")[0]) from error
-    except AttributeError as error:  # a section that is a value
-        raise ValueError(f"a section is damaged ({error}).") from error
 
 
 def to_typed(cfg: DictConfig, schema: type[T], variants: Variants) -> T:

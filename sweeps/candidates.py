@@ -6,7 +6,7 @@ import logging
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,6 +19,7 @@ from pipeline.config import RunConfig, TrackingConfig
 from sweeps.board import find_sweeps, load_board, objectives_of
 from sweeps.config import OBJECTIVES, PromotionConfig
 from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
+from sweeps.launcher import MAX_DEATHS, TICK
 from sweeps.trial import METRICS, Outcome, Training, retrain
 
 if TYPE_CHECKING:  # or MLflow is imported
@@ -27,8 +28,7 @@ if TYPE_CHECKING:  # or MLflow is imported
 
 log = logging.getLogger(__name__)
 
-MAX_DEATHS = 2  # a training that killed so many workers is not tried again
-TICK = 0.5  # seconds between two looks at what was received
+_SPARE = 4  # trials read for each that is trained again: some may be of one configuration
 
 
 class NothingToPromoteError(ValueError):
@@ -176,7 +176,8 @@ def _of_sweep(sweep: Recorded, top: int) -> Source:
     objectives = objectives_of(sweep)
     objective = next((each for each in objectives if each in METRICS), "val_accuracy")
     is_ranked = objectives == (objective,)
-    best = [row.run for row in load_board([sweep], limit=top if is_ranked else None).rows]
+    rows = load_board([sweep], limit=_SPARE * top if is_ranked else None).rows
+    best = _distinct(row.run for row in rows)
     if not is_ranked:  # by several objectives, or by their size or time
         is_more = OBJECTIVES[objective] == "maximize"
         best.sort(key=lambda run: run.metrics[METRICS[objective]], reverse=is_more)
@@ -188,7 +189,19 @@ def _of_sweep(sweep: Recorded, top: int) -> Source:
     )
 
 
+def _distinct(runs: Iterable[Recorded]) -> list[Recorded]:
+    """One of each configuration, the first: a sweep may have tried one twice."""
+    found: dict[frozenset[tuple[str, str]], Recorded] = {}
+    for run in runs:
+        found.setdefault(frozenset(run.params.items()), run)
+    return list(found.values())
+
+
 def _of_run(run: Recorded) -> Source:
+    from pipeline.store import search
+
+    if not any(search(f"attributes.run_id = '{run.run_id}'", limit=1)):
+        raise NothingToPromoteError(f"run={run.run_id} ({run.name}) was deleted: restore it.")
     if run.tags.get("kind"):
         raise NothingToPromoteError(
             f"run={run.run_id} is a {run.tags['kind']}: give a run that trained a model."

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -80,9 +81,21 @@ def configure() -> Callable[..., RunConfig]:
 
 
 @pytest.fixture(scope="session")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose store holds two real sweeps, `narrow` and `wide`; to be left as it is."""
-    folder = tmp_path_factory.mktemp("swept")
+def swept(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder whose store holds two real sweeps, `narrow` and `wide`; to be left as it is.
+
+    The workers of pytest-xdist share it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "swept"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            _sweep_twice(folder)
+    return folder
+
+
+def _sweep_twice(folder: Path) -> None:
+    folder.mkdir()
     for name, units in (("narrow", "4, 8"), ("wide", "64, 512")):
         done = run(
             "data=digits",
@@ -94,7 +107,6 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder=folder,
         )
         assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture(scope="session")

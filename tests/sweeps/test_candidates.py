@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import mlflow
 import psutil
 import pytest
 
@@ -85,12 +86,14 @@ def stock(tmp_path_factory: pytest.TempPathFactory, tensorflow: None) -> Stock:
         "running": end(bench, "RUNNING", {}),
         "empty": end(bench, "FINISHED", {}),
         "promotion": end(bench, "FINISHED", {"kind": "promotion"}),
+        "deleted": end(bench, "FINISHED", {}),
         "edge": bench.train(*EDGE).run_id,
         "single": bench.train(NARROW, "seed=7").run_id,
         "unjudged": bench.train(NARROW, *UNJUDGED).run_id,
         "long": bench.train(NARROW, "training.epochs=40", "seed=8").run_id,
     }
-    bench.sweep("good", (NARROW,), ("model.hidden_units=32",))
+    mlflow.delete_run(ids["deleted"])
+    bench.sweep("good", (NARROW,), ("model.hidden_units=32",), (NARROW,))
     return Stock(bench, ids)
 
 
@@ -123,6 +126,7 @@ def test_a_sweep_with_nothing_to_promote_ends_with_status_3(
         ("running", r"\(running\) is RUNNING: only a FINISHED run can be promoted\.$"),
         ("empty", r"\(finished\) was judged on no validation images\."),
         ("unjudged", r"was judged on no validation images\."),
+        ("deleted", r"\(finished\) was deleted: restore it\."),
         ("promotion", r"is a promotion: give a run that trained a model\."),
     ],
 )
@@ -148,6 +152,12 @@ def test_the_latest_sweep_is_promoted_unless_one_is_named(stock: Stock) -> None:
     values = [run.metrics["saved_val_accuracy"] for run in source.best]
     assert values == sorted(values, reverse=True)
     assert len(values) == 2
+
+
+def test_a_configuration_that_a_sweep_tried_twice_is_one_candidate(stock: Stock) -> None:
+    widths = [run.params["model.hidden_units"] for run in stock.source("promote.top=3").best]
+
+    assert sorted(widths) == ["32", "4"]
 
 
 def test_at_most_the_top_of_a_sweep_is_trained_again(stock: Stock) -> None:
