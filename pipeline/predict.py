@@ -154,7 +154,7 @@ def main(config: PredictConfig, overrides: list[str], *, files: Sequence[str]) -
     version = predictor.version
     console.print(f"{version} ({config.alias}), from run {version.run_id}")
     for result in results:
-        _show(result, predictor.class_names)
+        _show(result, predictor.class_names, config.out)
     if config.out:
         console.print(f"{sum(map(len, results)):,} predictions in {config.out}")
 
@@ -300,7 +300,7 @@ def predict(
 # --- showing and writing -----------------------------------------------------------------
 
 
-def _show(result: Predicted, class_names: Sequence[str]) -> None:
+def _show(result: Predicted, class_names: Sequence[str], out: str | None) -> None:
     answers = [_answer(result, row, class_names) for row in range(min(ROWS, len(result)))]
     if isinstance(result.given, Path):
         (name, probability, second, lower) = answers[0]
@@ -319,7 +319,9 @@ def _show(result: Predicted, class_names: Sequence[str]) -> None:
         table.add_row(str(row), *answer, *label)
     console.print(table)
     if len(result) > ROWS:
-        console.print(f"... {len(result) - ROWS:,} more; all of them: --out predictions.csv")
+        console.print(
+            f"... {len(result) - ROWS:,} more; {out or '--out predictions.csv'} has them all"
+        )
     for line in _summary(result, class_names):
         console.print(line)
 

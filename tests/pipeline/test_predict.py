@@ -212,7 +212,7 @@ def test_an_array_is_shown_by_its_first_rows_and_a_summary(
     assert first == f"digits version 1 (champion), from run {version.run_id}"
     assert heading.split() == ["index", "digit", "probability", "then", "probability", "label"]
     assert rows[0].split()[:2] == ["0", "0"]
-    assert rows[10] == "... 1,787 more; all of them: --out predictions.csv"
+    assert rows[10] == "... 1,787 more; --out predictions.csv has them all"
     assert re.search(r"a\.npz: images: 1,797 images in \d+\.\d\d s \(.* a second\), mean", rows[11])
     counts = dict(re.findall(r"(\d): (\d+)", rows[12]))
     assert sum(map(int, counts.values())) == 1797
