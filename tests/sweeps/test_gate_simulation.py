@@ -248,7 +248,9 @@ def test_what_is_as_good_as_the_champion_takes_its_place_in_about_5_of_100_cases
 
 
 def test_a_champion_that_was_chosen_on_the_same_images_is_hard_to_replace() -> None:
-    assert share_promoted(promotions(*SWEEP, 0.0, CASES), "chosen", SWEEP[1]) <= 0.02
+    some = promotions(*SWEEP, 0.0, CASES)[: CASES // 5]
+
+    assert share_promoted(some, "chosen", SWEEP[1]) <= 0.02
 
 
 @pytest.mark.parametrize("champion", ["chosen", "given"])
