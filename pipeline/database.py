@@ -6,11 +6,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import sqlalchemy
+import tenacity
 from filelock import FileLock
 
+from pipeline.config import without_password
+
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -63,6 +69,66 @@ def analyze(path: Path) -> None:
         log.debug("%s: %s", path, error)
     finally:
         database.close()
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what caused it, what caused that, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether a database server is the reason: it is away, restarts, or ended the connection."""
+    lost = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
+    return any(
+        isinstance(each, lost)
+        or (isinstance(each, sqlalchemy.exc.DBAPIError) and each.connection_invalidated)
+        for each in causes(error)
+    )
+
+
+class AwayError(ConnectionError):
+    """A server is still away after all the time that was to be waited for it."""
+
+
+def patiently(
+    call: Callable[[], T],
+    is_away: Callable[[BaseException], bool],
+    uri: str,
+    *,
+    seconds: float,
+    stop: Callable[[], bool] = lambda: False,
+) -> T:
+    """Calls until the server is there.
+
+    Args:
+        call: That needs the server; repeating it does no harm.
+        is_away: Whether an error that it raises means that the server is away.
+        uri: Of the server.
+        seconds: To wait for it, at most.
+        stop: Asked every second whether to give up.
+
+    Raises:
+        AwayError: It is still away.
+        Exception: Anything else that the call raises.
+    """
+    shown = without_password(uri)
+
+    def say(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1:
+            log.warning("no answer from %s: waiting for it, %.0f s at most", shown, seconds)
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_away),
+        wait=tenacity.wait_fixed(1),
+        stop=lambda state: stop() or (state.seconds_since_start or 0.0) >= seconds,
+        before_sleep=say,
+    )
+    try:
+        return retrying(call)
+    except tenacity.RetryError as error:
+        raise AwayError(f"no answer from {shown}.") from error.last_attempt.exception()
 
 
 @contextmanager

@@ -335,9 +335,7 @@ def repeat(
     store = open_store(config.tracking)
     run = create_run(store, str(config.tracking.run_name), {"repeats": of.run_id})
     try:
-        execute_run(
-            config, command, on_epoch_end=on_epoch_end, data=repetition.data, run_id=run.run_id
-        )
+        execute_run(config, command, on_epoch_end=on_epoch_end, data=repetition.data, into=run)
         verdict = judge(repetition.then, _trained(read_run(run.run_id), repetition.shared))
     except DivergedError as error:
         verdict = Verdict(word=DIFFERENT, reason=str(error))

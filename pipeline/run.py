@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pipeline import start_libraries
 from pipeline.compose import run_cli
 from pipeline.config import RunConfig, without_password
-from pipeline.pages import ui_command
+from pipeline.pages import store_command, ui_command
 
 if TYPE_CHECKING:  # or TensorFlow is imported
     import keras
@@ -40,6 +40,7 @@ class RunResult:
         training_seconds: Spent by this call on building and fitting the model, without what it
             records and the caller's hook.
         address: Of its page on an MLflow server, else empty.
+        spool: Folder of what the store, which is away, has yet to be told; None: it knows all.
     """
 
     run_id: str
@@ -47,6 +48,7 @@ class RunResult:
     metrics: Metrics
     training_seconds: float
     address: str
+    spool: Path | None
 
 
 def execute_run(
@@ -55,7 +57,7 @@ def execute_run(
     *,
     on_epoch_end: EpochHook = lambda epoch, metrics: None,
     data: Data | None = None,
-    run_id: str | None = None,
+    into: Run | None = None,
     checkpoint: Path | None = None,
 ) -> RunResult:
     """Trains, evaluates and records one model.
@@ -66,7 +68,7 @@ def execute_run(
         on_epoch_end: Called with the epoch, from 1, and its metrics, once they are recorded;
             may raise `pipeline.endings.StopRun`.
         data: What `config.data` loads, when it is loaded already.
-        run_id: MLflow run to record in: created beforehand, or to go on with.
+        into: Run to record in: created beforehand, or to go on with.
         checkpoint: File that keeps the training after each epoch, and from which one that was
             killed goes on.
 
@@ -86,10 +88,10 @@ def execute_run(
 
     initialize(threads=config.training.threads, seed=config.seed)
     data = data or load(config.data)
-    if run_id is None:  # what does not fit leaves no run
+    if into is None:  # what does not fit leaves no run
         inputs = data.train.images[0].size
         check_memory(config.model, num_inputs=inputs, num_classes=len(data.class_names))
-    with start_run(config, data, command, run_id=run_id) as run:
+    with start_run(config, data, command, run=into) as run:
         start = time.perf_counter()
         model = build_mlp(config.model, data)
         optimizer = build_optimizer(
@@ -97,7 +99,7 @@ def execute_run(
             steps_per_epoch=steps_per_epoch(len(data.train), config.training),
             epochs=config.training.epochs,
         )
-        recorded = run.metrics if run_id else {}
+        recorded = run.known_metrics if into else {}
         best = {name: value for name, value in recorded.items() if name.startswith("best_")}
         hook_seconds: list[float] = []
 
@@ -131,8 +133,6 @@ def execute_run(
             run.log_predictions(judged)
         if config.tracking.figures:
             _draw(run, data, history, judged)
-        if run_id:
-            run.delete_models()
         run.log_model(model, data, {name: metrics[name] for name in metrics.keys() - best.keys()})
         run.describe(run_note(config, data, command, *_outcome(metrics)))
     return RunResult(
@@ -141,6 +141,7 @@ def execute_run(
         metrics=metrics,
         training_seconds=training_seconds,
         address=run.address,
+        spool=None if run.spool.is_empty else run.spool.folder,
     )
 
 
@@ -150,7 +151,8 @@ def look_at_test(run: Run, model: keras.Model, data: Data) -> tuple[Metrics, Eva
 
     look = run.count_test_look(data)
     test = evaluate_test(model, data)
-    return {"test_look": look, "test_loss": test.loss, "test_accuracy": test.accuracy}, test
+    looked = {} if look is None else {"test_look": float(look)}
+    return {**looked, "test_loss": test.loss, "test_accuracy": test.accuracy}, test
 
 
 def _draw(run: Run, data: Data, history: History, judged: Evaluation | None) -> None:
@@ -169,13 +171,17 @@ def _best(metrics: Metrics) -> str:
     return f"{metrics['best_val_accuracy']:.4f} (epoch {best}{note})"
 
 
+def _look(metrics: Metrics) -> str:
+    """Which look it was, where the store was there to tell."""
+    return f"look {metrics['test_look']:.0f}" if "test_look" in metrics else "one more look"
+
+
 def _outcome(metrics: Metrics) -> list[str]:
     lines = []
     if "best_val_accuracy" in metrics:
         lines.append(f"best validation accuracy: {_best(metrics)}")
-    if "test_look" in metrics:
-        accuracy, look = metrics["test_accuracy"], metrics["test_look"]
-        lines.append(f"test accuracy: **{accuracy:.4f}** (look {look:.0f})")
+    if "test_accuracy" in metrics:
+        lines.append(f"test accuracy: **{metrics['test_accuracy']:.4f}** ({_look(metrics)})")
     return [*lines, f"{metrics['parameters']:,.0f} parameters, {metrics['fit_seconds']:.1f} s"]
 
 
@@ -205,16 +211,20 @@ def _print_result(result: RunResult, command: str, overrides: list[str]) -> None
     console.print()
     if "best_val_accuracy" in metrics:
         console.print(f"Best validation accuracy: {_best(metrics)}")
-    if "test_look" in metrics:
+    if "test_accuracy" in metrics:
         console.print(f"Test score: {metrics['test_loss']:.4f}")
         console.print(
-            f"Test accuracy: {metrics['test_accuracy']:.4f} "
-            f"(look {metrics['test_look']:.0f} at this test split)"
+            f"Test accuracy: {metrics['test_accuracy']:.4f} ({_look(metrics)} at this test split)"
         )
     console.print(
         f"{metrics['parameters']:,.0f} parameters, trained in {metrics['fit_seconds']:.1f} s "
         f"({metrics['samples_per_second']:,.0f} images/s)"
     )
+    if result.spool:
+        console.print(
+            f"The tracking store is away: what it has yet to be told is in {result.spool}."
+        )
+        console.print(f"Tell it: {store_command(overrides, 'sweeps.doctor', 'fix=true')}")
     console.print(f"Repeat: {command}")
     console.print(f"See it: {result.address or ui_command(result.run_id, overrides)}")
 

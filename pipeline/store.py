@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +19,26 @@ from zipfile import BadZipFile
 import mlflow
 import numpy as np
 import numpy.typing as npt
+import requests
 import yaml
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import TrackingConfig, without_password
-from pipeline.database import alone, analyze, create_sqlite, sqlite_path
+from pipeline.database import (
+    alone,
+    analyze,
+    causes,
+    create_sqlite,
+    lost_connection,
+    sqlite_path,
+)
 from pipeline.pages import RUNS, RUNS_KEY, View
+
+log = logging.getLogger(__name__)
 
 RESERVE_BYTES = 256 * 1024  # many times what the end of a run writes to the database
 PAGE = 500  # runs read at once
@@ -57,11 +69,22 @@ class Store:
         uri: Of MLflow's tracking store; a local file as an absolute path.
         experiment_id: Of the configured experiment.
         database: File of a SQLite store, else None.
+        directory: Folder of what is kept beside it on this machine.
     """
 
     uri: str
     experiment_id: str
     database: Path | None
+    directory: Path
+
+    def use(self) -> None:
+        """Makes it the store of this process."""
+        mlflow.set_tracking_uri(self.uri)
+
+    @property
+    def spools(self) -> Path:
+        """Has a folder a run of which the store, while it was away, was not told all."""
+        return self.directory / "spool"
 
     @property
     def reserve(self) -> Path | None:
@@ -105,7 +128,7 @@ def open_store(config: TrackingConfig) -> Store:
     mlflow.set_tracking_uri(uri)
     with _connecting(uri), alone(uri):
         experiment_id = _experiment(config.experiment, None if is_server(uri) else artifacts)
-    store = Store(uri=uri, experiment_id=experiment_id, database=database)
+    store = Store(uri=uri, experiment_id=experiment_id, database=database, directory=directory)
     if store.reserve:
         with suppress(OSError):  # the disk is full already
             _fill(store.reserve)
@@ -117,10 +140,64 @@ def _connecting(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        if "Max retries exceeded" not in str(error):
+        if not (is_server(uri) and is_away(error, uri)):
             raise
         shown = without_password(uri)
         raise ConnectionError(f"tracking.uri: no server answers at {shown}.") from error
+
+
+# --- stores that are away ----------------------------------------------------------------
+
+_IMPATIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds: with its repetition below 15
+}
+# What MLflow raises of a request that is not answered, or with an error that may pass.
+_UNANSWERED = re.compile(
+    r"API request to .* failed with (timeout exception|exception|error code (429|5\d\d))", re.S
+)
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Inside, a request to an MLflow server takes less than 15 seconds, answered or not."""
+    before = {name: os.environ.get(name) for name in _IMPATIENT}
+    os.environ.update(_IMPATIENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def is_away(error: BaseException, uri: str) -> bool:
+    """Whether an error says that a store cannot be reached now, but perhaps later.
+
+    Args:
+        error: That was raised.
+        uri: Of the store: a server, or a database on one. A file is never away.
+    """
+    if sqlite_path(uri):
+        return False
+    if not is_server(uri):
+        return lost_connection(error)
+    return any(_is_unanswered(each) for each in causes(error))
+
+
+def _is_unanswered(error: BaseException) -> bool:
+    match error:
+        case requests.ConnectionError() | requests.Timeout():
+            return True
+        case requests.HTTPError(response=requests.Response(status_code=status)):
+            return status >= 500
+        case RestException():
+            return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+        case MlflowException():
+            return bool(_UNANSWERED.match(str(error)))
+    return False
 
 
 def _fill(reserve: Path) -> None:

@@ -26,27 +26,20 @@ import mlflow
 import numpy as np
 import yaml
 from mlflow.data.schema import TensorDatasetSchema
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModelOutput,
-    LoggedModelStatus,
-    Metric,
-    Param,
-    RunStatus,
-    RunTag,
-    ViewType,
-)
+from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.types import Schema, TensorSpec
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.config import RunConfig, flatten, without_password
 from pipeline.endings import DivergedError, StopRun
+from pipeline.entries import merge, merged, tell
+from pipeline.owner import OWNER, me
 from pipeline.pages import run_page
-from pipeline.store import NOTE, PREDICTIONS, SETTINGS, Store, open_store
+from pipeline.spool import Entry, Spool, spools
+from pipeline.store import NOTE, PREDICTIONS, SETTINGS, Store, impatient, is_away, open_store
 
 if TYPE_CHECKING:  # or TensorFlow is imported, or what takes a second
     import keras
@@ -60,89 +53,130 @@ log = logging.getLogger(__name__)
 LIBRARIES = ("tensorflow", "keras", "numpy", "mlflow")
 ROOT = Path(__file__).resolve().parents[1]
 
-# What a model takes over of its run.
-SOURCE_TAGS = {
-    "mlflow.user",
-    "mlflow.source.name",
-    "mlflow.source.type",
-    "mlflow.source.git.commit",
-}
+_PAUSE = 5.0  # seconds until a store that was away is tried again, at least
+_AWAY = (
+    "the tracking store is away; what it has yet to be told is kept in %s. The training goes on."
+)
+_next_try = [0.0]  # of a store that was away, as of `time.monotonic`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is being recorded."""
+    """A run that is being recorded.
+
+    What it records is told the store at once. One that is away is told later, in the same order:
+    until then it is kept in the spool, and nothing waits.
+    """
 
     run_id: str
     name: str
     store: Store
 
+    # --- recording -----------------------------------------------------------------------
+
+    def tell(self, entry: Entry, path: Path | None = None) -> None:
+        """Tells the store, now or later.
+
+        Args:
+            entry: As in `pipeline.entries`.
+            path: File or folder that belongs to it.
+
+        Raises:
+            MlflowException: The store is there, and refuses it.
+            OSError: Neither the store nor the spool can be written.
+        """
+        if self.spool.is_empty and time.monotonic() >= _next_try[0]:
+            with self._noting_absence():
+                with impatient():
+                    tell(self.run_id, entry, path)
+                return
+        if self.spool.is_empty:
+            log.warning(_AWAY, self.store.spools)
+        self.spool.add(entry, self._about, path)
+        self.catch_up()
+
+    @contextmanager
+    def _noting_absence(self) -> Iterator[None]:
+        """Ends early where the store is away, which is then left alone for a while."""
+        start = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            if not is_away(error, self.store.uri):
+                raise
+            now = time.monotonic()
+            _next_try[0] = now + max(_PAUSE, 9 * (now - start))
+
+    def catch_up(self, *, at_once: bool = False) -> bool:
+        """Tells the store what is in the spool, if it is back.
+
+        Args:
+            at_once: Also where it was tried just now; else a tenth of the time is spent on it.
+
+        Returns:
+            Whether nothing is left to tell.
+        """
+        if self.spool.is_empty:
+            return True
+        if at_once or time.monotonic() >= _next_try[0]:
+            with self._noting_absence():
+                replay(self.spool, self.store.uri)
+                log.info("run %s: the tracking store is back, and was told all", self.name)
+        return self.spool.is_empty
+
     @property
-    def address(self) -> str:
-        """Of its page on a server; empty where `pipeline.ui` has to start one."""
-        return self.store.address(run_page(self.store.experiment_id, self.run_id))
+    def spool(self) -> Spool:
+        return Spool(folder=self.store.spools / self.run_id)
+
+    @property
+    def _about(self) -> dict[str, str]:
+        return {
+            "run_id": self.run_id,
+            "name": self.name,
+            "experiment_id": self.store.experiment_id,
+            "uri": without_password(self.store.uri),
+        }
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        shown = {name: without_password(str(value)) for name, value in tags.items()}
+        self.tell({"kind": "tags", "tags": shown})
 
     def describe(self, text: str) -> None:
         """Sets the Markdown text that the UI shows on top of the run."""
         self.set_tags({NOTE: text})
 
     def rename(self, name: str) -> None:
-        mlflow.MlflowClient().update_run(self.run_id, name=name)
+        self.tell({"kind": "name", "name": name})
 
     def end(self, status: str, *, error: str = "") -> None:
         """Ends the run as FINISHED, KILLED or FAILED; one that ended before ends anew."""
         if error:
             self.set_tags({"error": error})
-        mlflow.MlflowClient().set_terminated(self.run_id, status)
-
-    def reopen(self) -> None:
-        """Goes on with a run that had ended, and forgets why it had."""
-        client = mlflow.MlflowClient()
-        tags = client.get_run(self.run_id).data.tags
-        for name in tags.keys() & {"error", "diverged", "diverged.epoch"}:
-            client.delete_tag(self.run_id, name)
-        client.update_run(self.run_id, status="RUNNING")
-
-    @property
-    def status(self) -> str:
-        """RUNNING, FINISHED, KILLED or FAILED; DELETED when somebody deleted it."""
-        info = mlflow.MlflowClient().get_run(self.run_id).info
-        return "DELETED" if info.lifecycle_stage == "deleted" else str(info.status)
-
-    @property
-    def tags(self) -> dict[str, str]:
-        return dict(mlflow.MlflowClient().get_run(self.run_id).data.tags)
+        self.tell({"kind": "end", "status": status, "time": _now()})
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Records metrics of an epoch, or with step 0 of the whole run, in one synchronous call."""
-        now = int(time.time() * 1000)
-        batch = [Metric(name, value, now, step) for name, value in metrics.items()]
-        mlflow.MlflowClient().log_batch(self.run_id, metrics=batch, synchronous=True)
-
-    def adopt(self, run_ids: Iterable[str]) -> None:
-        """Nests runs under this one; of those that were deleted it does nothing."""
-        for run_id in filter(None, run_ids):
-            with suppress(MlflowException):
-                mlflow.MlflowClient().set_tag(run_id, MLFLOW_PARENT_RUN_ID, self.run_id)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The last value of each metric so far."""
-        return dict(mlflow.MlflowClient().get_run(self.run_id).data.metrics)
-
-    def set_tags(self, tags: Mapping[str, object]) -> None:
-        batch = [RunTag(name, without_password(str(value))) for name, value in tags.items()]
-        mlflow.MlflowClient().log_batch(self.run_id, tags=batch, synchronous=True)
+        now = _now()
+        batch = [[name, value, now, step] for name, value in metrics.items()]
+        self.tell({"kind": "metrics", "metrics": batch})
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """Saves a figure as `figures/<name>.png`, which the UI shows."""
-        fast = {"dpi": 110, "pil_kwargs": {"compress_level": 1}}
-        client = mlflow.MlflowClient()
-        client.log_figure(self.run_id, figure, f"figures/{name}.png", save_kwargs=fast)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.png"
+            figure.savefig(path, dpi=110, pil_kwargs={"compress_level": 1})  # fast
+            self.log_file(path, "figures")
 
     def log_text(self, text: str, name: str) -> None:
         """Saves a file; the UI shows text, Markdown and HTML."""
-        mlflow.MlflowClient().log_text(self.run_id, text, name)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            path.write_text(text, encoding="utf-8")
+            self.log_file(path, str(Path(name).parent))
+
+    def log_file(self, path: Path, folder: str = ".") -> None:
+        """Saves a copy of a file in a folder of the run's files."""
+        self.tell({"kind": "file", "folder": "" if folder == "." else folder}, path)
 
     def log_predictions(self, judged: Evaluation) -> None:
         """Saves what the model says of each validation image, for paired comparisons of runs.
@@ -161,14 +195,14 @@ class Run:
                 prediction=judged.probabilities.argmax(axis=1).astype(whole),
                 loss=-np.log(np.maximum(of_label, np.finfo(np.float32).tiny)).astype(np.float16),
             )
-            client = mlflow.MlflowClient()
-            client.log_artifact(self.run_id, str(path), str(Path(PREDICTIONS).parent))
+            self.log_file(path, str(Path(PREDICTIONS).parent))
 
     def log_model(self, model: keras.Model, data: Data, metrics: Mapping[str, float]) -> None:
         """Saves the model in MLflow's own flavour, with signature, example and requirements.
 
         These are the steps of `mlflow.tensorflow.log_model` but for its trial, which loads what
-        it saved and predicts the example, in two thirds of its time.
+        it saved and predicts the example, in two thirds of its time. What an earlier try of this
+        run has logged is replaced.
 
         Args:
             model: Raw pixels `[batch, height, width]` to probabilities `[batch, num_classes]`.
@@ -177,77 +211,150 @@ class Run:
         """
         import mlflow.tensorflow
 
-        client, example = mlflow.MlflowClient(), data.train.images[:5]
+        example, now = data.train.images[:5], _now()
         probabilities = TensorSpec(np.dtype("float32"), (-1, len(data.class_names)))
         signature = ModelSignature(inputs=_tensor(example), outputs=Schema([probabilities]))
-        recorded = client.get_run(self.run_id).data
-        logged = client.create_logged_model(
-            self.store.experiment_id,
-            "model",
-            self.run_id,
-            params=recorded.params,
-            tags={name: text for name, text in recorded.tags.items() if name in SOURCE_TAGS},
-        )
-        about = Model(
-            artifact_path=logged.artifact_location,
-            run_id=self.run_id,
-            model_uuid=logged.model_id,
-            model_id=logged.model_id,
-        )
-        status = LoggedModelStatus.FAILED
+        with tempfile.TemporaryDirectory() as folder:
+            mlflow.tensorflow.save_model(
+                model,
+                f"{folder}/model",
+                mlflow_model=Model(run_id=self.run_id),
+                signature=signature,
+                input_example=example,
+                pip_requirements=[f"{name}=={version(name)}" for name in LIBRARIES],
+            )
+            timed = {name: [value, now] for name, value in metrics.items()}
+            self.tell({"kind": "model", "metrics": timed}, Path(folder) / "model")
+
+    # --- what the store has --------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """Of its page on a server; empty where `pipeline.ui` has to start one."""
+        return self.store.address(run_page(self.store.experiment_id, self.run_id))
+
+    @property
+    def status(self) -> str:
+        """RUNNING, FINISHED, KILLED or FAILED; DELETED when somebody deleted it."""
+        info = mlflow.MlflowClient().get_run(self.run_id).info
+        return "DELETED" if info.lifecycle_stage == "deleted" else str(info.status)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return dict(mlflow.MlflowClient().get_run(self.run_id).data.tags)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each metric so far."""
+        return dict(mlflow.MlflowClient().get_run(self.run_id).data.metrics)
+
+    @property
+    def known_metrics(self) -> dict[str, float]:
+        """Likewise, of a store that is away what the spool has."""
+        entries = [entry for entry in self.spool.entries if entry["kind"] == "metrics"]
+        spooled = {each[0]: each[1] for entry in entries for each in entry["metrics"]}
+        if "epoch" in spooled:
+            return spooled
         try:
-            client.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            now = int(time.time() * 1000)
-            batch = [
-                Metric(name, value, now, 0, model_id=logged.model_id, run_id=self.run_id)
-                for name, value in metrics.items()
-            ]
-            client.log_batch(self.run_id, metrics=batch, synchronous=True)
-            with tempfile.TemporaryDirectory() as folder:
-                mlflow.tensorflow.save_model(
-                    model,
-                    f"{folder}/model",
-                    mlflow_model=about,
-                    signature=signature,
-                    input_example=example,
-                    pip_requirements=[f"{name}=={version(name)}" for name in LIBRARIES],
-                )
-                client.log_model_artifacts(logged.model_id, f"{folder}/model")
-            status = LoggedModelStatus.READY
-        finally:
-            client.finalize_logged_model(logged.model_id, status)
+            with impatient():
+                return self.metrics | spooled
+        except Exception as error:
+            if not is_away(error, self.store.uri):
+                raise
+            return spooled
 
-    def delete_models(self) -> None:
-        """Deletes models that an earlier try of this run has logged, whole or in part."""
+    # --- between runs --------------------------------------------------------------------
+
+    def reopen(self) -> None:
+        """Goes on with a run that had ended, and forgets why it had."""
         client = mlflow.MlflowClient()
-        mine = f"source_run_id = '{self.run_id}'"
-        for model in client.search_logged_models([self.store.experiment_id], mine):
-            client.delete_logged_model(model.model_id)
+        tags = client.get_run(self.run_id).data.tags
+        for name in tags.keys() & {"error", "diverged", "diverged.epoch"}:
+            client.delete_tag(self.run_id, name)
+        client.set_tag(self.run_id, OWNER, me())
+        client.update_run(self.run_id, status="RUNNING")
 
-    def count_test_look(self, data: Data) -> int:
+    def adopt(self, run_ids: Iterable[str]) -> None:
+        """Nests runs under this one; of those that were deleted it does nothing."""
+        for run_id in filter(None, run_ids):
+            with suppress(MlflowException):
+                mlflow.MlflowClient().set_tag(run_id, MLFLOW_PARENT_RUN_ID, self.run_id)
+
+    def count_test_look(self, data: Data) -> int | None:
         """Records that this run looks at the test split.
 
         Returns:
-            Looks of all recorded runs so far, this one included.
+            Looks of all recorded runs so far, this one included; None while the store is away.
         """
         digest = data.splits["test"].digest
         self.set_tags({"test_split": digest})
+        try:
+            return _count_looks(digest) if self.spool.is_empty else None
+        except Exception as error:
+            if not is_away(error, self.store.uri):
+                raise
+            return None
+
+
+def _count_looks(digest: str) -> int:
+    with impatient():
         experiments = mlflow.search_experiments(view_type=ViewType.ALL)
-        return len(
-            mlflow.search_runs(
-                [experiment.experiment_id for experiment in experiments],
-                f"tags.test_split = '{digest}'",
-                run_view_type=ViewType.ALL,
-                output_format="list",
-            )
+        found = mlflow.search_runs(
+            [experiment.experiment_id for experiment in experiments],
+            f"tags.test_split = '{digest}'",
+            run_view_type=ViewType.ALL,
+            output_format="list",
         )
+    return len(found)
+
+
+def replay(spool: Spool, uri: str) -> int:
+    """Tells the store what is in a spool, which is gone then.
+
+    Args:
+        spool: That no living process adds to, but this one.
+        uri: Of the store of this process.
+
+    Returns:
+        Entries that were told.
+
+    Raises:
+        ValueError: They are of another store.
+        Exception: The store is away again, or refuses an entry; the spool keeps what it was not
+            told.
+    """
+    with spool.lock():
+        if spool.is_empty:
+            return 0
+        about, entries = spool.about, spool.entries
+        if about["uri"] != without_password(uri):
+            raise ValueError(f"run {about['run_id']} ({about['name']}) is of {about['uri']}.")
+        left = list(entries)
+        try:
+            for group in merged(entries):
+                with impatient():
+                    tell(about["run_id"], merge(group), spool.path_of(group[0]))
+                left = left[len(group) :]
+        finally:
+            spool.keep(left)
+    return len(entries)
+
+
+def replay_left(store: Store) -> None:
+    """Tells the store what processes that are gone could not tell it."""
+    for spool in spools(store.spools):
+        try:
+            if spool.is_left and (count := replay(spool, store.uri)):
+                log.info("told the tracking store %d things of run %s", count, spool.folder.name)
+        except Exception as error:  # of another store, or refused: the doctor tells
+            log.warning("%s: %s", spool.folder, without_password(" ".join(str(error).split())))
 
 
 def create_run(
     store: Store, name: str, tags: Mapping[str, object], *, parent: Run | None = None
 ) -> Run:
     """Creates a run, RUNNING from now on; under a parent, the UI nests it there."""
-    shown = {key: without_password(str(value)) for key, value in tags.items()}
+    shown = {key: without_password(str(value)) for key, value in {**tags, OWNER: me()}.items()}
     if parent:
         shown[MLFLOW_PARENT_RUN_ID] = parent.run_id
     created = mlflow.MlflowClient().create_run(store.experiment_id, tags=shown, run_name=name)
@@ -266,7 +373,7 @@ def find_run(store: Store, tags: Mapping[str, object], *, parent: Run | None = N
 
 @contextmanager
 def start_run(
-    config: RunConfig, data: Data, command: str, *, run_id: str | None = None
+    config: RunConfig, data: Data, command: str, *, run: Run | None = None
 ) -> Iterator[Run]:
     """Records a run: FINISHED, KILLED when stopped or interrupted, else FAILED.
 
@@ -274,31 +381,44 @@ def start_run(
         config: Logged as parameters by their dotted names, and whole as `config.yaml`.
         data: Logged as the run's inputs.
         command: Command line that repeats the run.
-        run_id: Run that `create_run` made, or an unfinished one that is gone on with.
+        run: That `create_run` made, or an unfinished one that is gone on with.
 
     Raises:
         ValueError: The experiment was deleted.
     """
-    store = open_store(config.tracking)
-    name = config.tracking.run_name or run_name(config)
-    run = Run(run_id=run_id, name=name, store=store) if run_id else create_run(store, name, {})
-    status, failure = RunStatus.FAILED, None
+    if run is None:
+        store = open_store(config.tracking)
+        replay_left(store)
+        run = create_run(store, config.tracking.run_name or run_name(config), {})
+    else:
+        run.store.use()
+    status, failure = "FAILED", None
     try:
-        # Active for what asks for an active run: the model, and the system metrics.
-        mlflow.start_run(
-            run_id=run.run_id, nested=True, log_system_metrics=config.tracking.system_metrics
-        )
-        log_inputs(run, config, data, command, note=run_note(config, data, command))
-        yield run
-        status = RunStatus.FINISHED
+        with _system_metrics(run, config):
+            log_inputs(run, config, data, command, note=run_note(config, data, command))
+            yield run
+        status = "FINISHED"
     except (KeyboardInterrupt, StopRun):
-        status = RunStatus.KILLED
+        status = "KILLED"
         raise
     except Exception as error:
         failure = error
         raise
     finally:
         _end(run, status, failure, partial(run_note, config, data, command))
+
+
+@contextmanager
+def _system_metrics(run: Run, config: RunConfig) -> Iterator[None]:
+    if not config.tracking.system_metrics:
+        yield
+        return
+    monitor = SystemMetricsMonitor(run.run_id, resume_logging=True)  # type: ignore[no-untyped-call]
+    monitor.start()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        monitor.finish()  # type: ignore[no-untyped-call]
 
 
 def log_inputs(
@@ -322,49 +442,33 @@ def log_inputs(
             of `config` unless given.
     """
     settings = settings or asdict(config)
-    run.set_tags({"command": command, NOTE: note, **environment(config, data)})
-    parameters = [
-        Param(name, without_password(value))
+    run.set_tags({"command": command, NOTE: note, OWNER: me(), **environment(config, data)})
+    parameters = {
+        name: without_password(value)
         for name, value in flatten(settings)
         if not name.startswith("tracking.")
-    ]
-    client = mlflow.MlflowClient()
-    known = client.get_run(run.run_id).data.params
-    # The data of a run that is gone on with may have moved; MLflow lets no parameter change.
-    new = [each for each in parameters if each.key != "data.path" or each.key not in known]
-    client.log_batch(run.run_id, params=new)
+    }
+    run.tell({"kind": "params", "params": parameters})
     text = yaml.safe_dump(settings, sort_keys=False, width=1_000)
-    client.log_text(run.run_id, without_password(text), SETTINGS)
+    run.log_text(without_password(text), SETTINGS)
     datasets = [
-        DatasetInput(
-            _dataset(config.data.name, split, data.source),
-            [InputTag(MLFLOW_DATASET_CONTEXT, context)],
-        )
-        for context, split in data.splits.items()
+        {"split": name, "dataset": _dataset(config.data.name, split, data.source)}
+        for name, split in data.splits.items()
     ]
-    _log_datasets(run, datasets)
+    run.tell({"kind": "datasets", "datasets": datasets})
 
 
-def _log_datasets(run: Run, datasets: list[DatasetInput], tries: int = 3) -> None:
-    try:
-        mlflow.MlflowClient().log_inputs(run.run_id, datasets)
-    except MlflowException as error:
-        if tries == 1 or error.error_code != "BAD_REQUEST":
-            raise
-        # MLflow looks for a dataset, then inserts it: another run was faster.
-        _log_datasets(run, datasets, tries - 1)
-
-
-def _dataset(name: str, split: Split, source: str) -> Dataset:
+def _dataset(name: str, split: Split, source: str) -> dict[str, str]:
+    """As `mlflow.entities.Dataset` takes it."""
     schema = TensorDatasetSchema(features=_tensor(split.images), targets=_tensor(split.labels))
-    return Dataset(
-        name=name,
-        digest=split.digest[:16],
-        source_type="http" if "://" in source else "local",
-        source=json.dumps({"url" if "://" in source else "uri": source}),
-        schema=json.dumps(schema.to_dict()),
-        profile=json.dumps({"num_rows": len(split), "features_shape": split.images.shape}),
-    )
+    return {
+        "name": name,
+        "digest": split.digest[:16],
+        "source_type": "http" if "://" in source else "local",
+        "source": json.dumps({"url" if "://" in source else "uri": source}),
+        "schema": json.dumps(schema.to_dict()),
+        "profile": json.dumps({"num_rows": len(split), "features_shape": split.images.shape}),
+    }
 
 
 def _tensor(array: Array) -> Schema:
@@ -444,7 +548,7 @@ def run_note(config: RunConfig, data: Data, command: str, *outcome: str) -> str:
     return "\n\n".join(filter(None, [what, lines, f"Repeat: `{command}`"]))
 
 
-def _end(run: Run, status: int, failure: Exception | None, note: Callable[..., str]) -> None:
+def _end(run: Run, status: str, failure: Exception | None, note: Callable[..., str]) -> None:
     """Ends the run with its reason, on a full disk in the room of the reserve.
 
     Raises:
@@ -459,28 +563,30 @@ def _end(run: Run, status: int, failure: Exception | None, note: Callable[..., s
             _record_end(run, status, failure, note)
         except Exception as error:
             log.error("run %s is left without an end: %s", run.run_id, without_password(str(error)))
-            if status == RunStatus.FINISHED:
+            if status == "FINISHED":
                 raise
-    finally:
-        with suppress(Exception):  # the end is recorded, or its failure told
-            mlflow.end_run(RunStatus.to_string(status))
+    run.catch_up(at_once=True)
 
 
-def _record_end(run: Run, status: int, failure: Exception | None, note: Callable[..., str]) -> None:
-    if status == RunStatus.KILLED:
-        run.describe(note(_progress(run.metrics)))
+def _record_end(run: Run, status: str, failure: Exception | None, note: Callable[..., str]) -> None:
+    if status == "KILLED":
+        run.describe(note(_progress(run.known_metrics)))
     if failure is not None:
         error = f"{type(failure).__name__}: {failure}"[:500]
         tags: dict[str, object] = {"error": error, NOTE: note(f"failed: {error}")}
         if isinstance(failure, DivergedError):
             tags |= {"diverged": "true", "diverged.epoch": failure.epoch}
         run.set_tags(tags)
-    client = mlflow.MlflowClient()
-    client.set_terminated(run.run_id, RunStatus.to_string(status))
+    run.end(status)
     if failure is not None and not isinstance(failure, DivergedError):
         lines = "".join(traceback.format_exception(failure))
         with suppress(Exception):  # the reason is recorded; the disk may be full
-            client.log_text(run.run_id, without_password(lines), "traceback.txt")
+            run.log_text(without_password(lines), "traceback.txt")
+
+
+def _now() -> int:
+    """In milliseconds since 1970, as MLflow has it."""
+    return int(time.time() * 1000)
 
 
 def _progress(metrics: Mapping[str, float]) -> str:

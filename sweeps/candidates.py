@@ -371,7 +371,7 @@ class Retraining:
         job = Training(
             config=replace(candidate.config, seed=seed),
             command=candidate.command(seed),
-            run_id=run.run_id,
+            run=run,
             checkpoint=folder / "training.npz",
             objectives=(candidate.objective,),
         )

@@ -283,6 +283,7 @@ class BudgetConfig:
             configured value of each name it leaves out.
         seed: Of the sampler.
         max_failures: Failed trials at which the sweep gives up.
+        patience: Seconds to wait for a server, of the runs or of the study, that is away.
         dry_run: Whether to check and show the plan, and train nothing.
     """
 
@@ -293,6 +294,7 @@ class BudgetConfig:
     first: list[Any]
     seed: int
     max_failures: int
+    patience: float
     dry_run: bool
 
     def __post_init__(self) -> None:
@@ -315,6 +317,7 @@ class BudgetConfig:
             )
         check(0 <= self.seed < 2**32, "sweep.seed", "in [0, 2**32)", self.seed)
         check_at_least("sweep.max_failures", self.max_failures, 1)
+        check_at_least("sweep.patience", self.patience, 0)
 
     @property
     def objectives(self) -> tuple[str, ...]:

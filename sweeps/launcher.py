@@ -9,20 +9,22 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import optuna
 from optuna.trial import Trial, TrialState
 
 from pipeline import fast_imports
+from pipeline.database import AwayError, lost_connection, patiently
 from sweeps.config import NoPrunerConfig
 from sweeps.display import SHOWN, Display, Running, trial_name
 from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
 from sweeps.parent import logarithms
 from sweeps.plan import Plan
 from sweeps.space import Values
-from sweeps.study import Asker
+from sweeps.study import Asker, Hold
 from sweeps.trial import Job, Outcome, objective_values, run_trial
 
 if TYPE_CHECKING:  # or MLflow is imported
@@ -30,10 +32,13 @@ if TYPE_CHECKING:  # or MLflow is imported
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MAX_DEATHS = 2  # a trial that killed so many workers is not tried again
 TOLD = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 PUBLISH_AFTER = 300  # seconds until a sweep that still runs has its first report
 TICK = 0.5  # seconds between two looks at the running trials
+RENEW = 5.0  # seconds between two looks whether the sweep is still held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,7 @@ class Launcher:
         workers: Of the executor.
         display: Shows them.
         received: Signals that tell to stop; grows meanwhile.
+        held: The sweep, by this process.
         publish: Records on the sweep's run what came out so far.
     """
 
@@ -81,6 +87,7 @@ class Launcher:
     workers: int
     display: Display
     received: list[int]
+    held: Hold
     publish: Callable[[], Any]
     flights: dict[Future[Outcome], Flight] = field(default_factory=dict)
     overheads: list[float] = field(default_factory=list)
@@ -88,8 +95,11 @@ class Launcher:
     is_prepared: bool = False
     next_look: float = 0.0
     next_publication: float = field(default_factory=lambda: time.monotonic() + PUBLISH_AFTER)
+    next_renewal: float = 0.0
     recorded: int = 0
+    asked: set[int] = field(default_factory=set)  # trials, by this launcher or taken up
     first_looks: dict[str, tuple[float, int]] = field(default_factory=dict)
+    behind: dict[str, Run] = field(default_factory=dict)  # of which the store does not know all
 
     def __post_init__(self) -> None:
         config = self.plan.config
@@ -112,11 +122,13 @@ class Launcher:
         self.parent.reopen()
         with self.display:
             waiting = self.take_up()
-            self.fly(waiting)
+            try:
+                self.fly(waiting)
+            except AwayError as error:
+                self.broken = str(error)
             self.land()
-        for trial, values in waiting:  # no time or budget was left for them
-            self.run_of(trial, values).end("KILLED")
         self.record()
+        self.end(waiting)
         self.study.set_user_attr("seconds", self.seconds())
 
     def fly(self, waiting: list[tuple[Trial, Values]]) -> None:
@@ -124,12 +136,17 @@ class Launcher:
 
         Args:
             waiting: Trials that were asked before; those left over at the end were not needed.
+
+        Raises:
+            AwayError: A server is away, for longer than there is patience.
+            HeldError: It restarted, and another launcher was faster to hold the sweep.
         """
         free = [(time.monotonic(), True)] * self.workers
         while not self.must_stop():
             while free and self.may_ask() and not self.has_failed:
                 since, is_first = free[-1]
                 trial, values = waiting.pop(0) if waiting else self.asker.ask()
+                self.asked.add(trial.number)
                 if self.submit(trial, values, since=since, is_first=is_first):
                     free.pop()
             if not self.flights:
@@ -147,6 +164,65 @@ class Launcher:
                 self.publish_early()
             if self.display.is_live and time.monotonic() >= self.next_look:
                 self.look()
+            if time.monotonic() >= self.next_renewal:
+                self.renew()
+
+    def renew(self) -> None:
+        """Holds the sweep, and has the store know what it could not be told."""
+        uri, patience = self.storage, self.plan.config.sweep.patience
+        patiently(self.held.renew, lost_connection, uri, seconds=patience, stop=self.is_told)
+        self.catch_up()
+        self.next_renewal = time.monotonic() + RENEW
+
+    def catch_up(self) -> bool:
+        """Tells the store what it is behind with, if it is there; returns whether it knows all."""
+        for run in [*self.behind.values(), self.parent]:
+            if run.catch_up():
+                self.behind.pop(run.run_id, None)
+        return not self.behind and self.parent.spool.is_empty
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """Calls until MLflow's store is there."""
+        from pipeline.store import impatient, is_away
+
+        uri = self.parent.store.uri
+        away = partial(is_away, uri=uri)
+        with impatient():
+            return patiently(
+                call, away, uri, seconds=self.plan.config.sweep.patience, stop=self.is_told
+            )
+
+    def is_told(self) -> bool:
+        """Whether a signal told to stop."""
+        return bool(self.received)
+
+    def end(self, waiting: list[tuple[Trial, Values]]) -> None:
+        """Ends what was asked and is not under way.
+
+        Args:
+            waiting: Trials for which no time or budget was left; they are gone on with later.
+        """
+        for trial, values in waiting:
+            self.run_of(trial, values).end("KILLED")
+        if self.broken or self.received:
+            return
+        for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if frozen.number not in self.asked:  # the answer was lost with the connection
+                trial, values = self.asker.adopt(frozen)
+                stray = Outcome(state="FAIL", reason="it was asked as the database restarted.")
+                self.tell(trial, self.run_of(trial, values), stray, seconds=0.0)
+
+    def tell_all(self) -> None:
+        """Waits until the store knows all.
+
+        Raises:
+            AwayError: It is away, for longer than there is patience.
+        """
+        from pipeline.tracking import replay
+
+        for run in [*self.behind.values(), self.parent]:
+            self.patiently(partial(replay, run.spool, run.store.uri))
+            self.behind.pop(run.run_id, None)
 
     def record(self) -> None:
         """Records how far the sweep is, where that changed: while the workers are busy."""
@@ -198,17 +274,23 @@ class Launcher:
         self.tidy()
         for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             trial, values = self.asker.adopt(frozen)
+            self.asked.add(trial.number)
             run = self.run_of(trial, values)
-            if run.status == "FINISHED":  # all is done but the telling
-                metrics = run.metrics
-                values_told = objective_values(self.plan.config.sweep.objectives, metrics)
-                epochs = int(metrics["epoch"])
-                outcome = Outcome(state="COMPLETE", values=values_told, epochs=epochs)
-                self.tell(trial, run, outcome, seconds=metrics["fit_seconds"])
+            run.catch_up(at_once=True)
+            if outcome := self.recorded_outcome(run):
+                self.tell(trial, run, outcome, seconds=run.metrics["fit_seconds"])
             else:
                 run.reopen()
                 waiting.append((trial, values))
         return waiting
+
+    def recorded_outcome(self, run: Run) -> Outcome | None:
+        """Of a run of which all is done but the telling."""
+        if run.status != "FINISHED":
+            return None
+        metrics = run.metrics
+        values = objective_values(self.plan.config.sweep.objectives, metrics)
+        return Outcome(state="COMPLETE", values=values, epochs=int(metrics["epoch"]))
 
     def tidy(self) -> None:
         """Deletes checkpoints of trials that were told, which a kill may have left."""
@@ -239,7 +321,8 @@ class Launcher:
 
     def submit(self, trial: Trial, values: Values, *, since: float, is_first: bool) -> bool:
         """Has a worker execute the trial; returns whether its configuration is accepted."""
-        config, run = self.plan.config, self.run_of(trial, values)
+        config, run = self.plan.config, self.patiently(partial(self.run_of, trial, values))
+        self.behind.pop(run.run_id, None)  # its worker's from now on
         try:
             run_config = self.plan.trial_config(values)
         except ValueError as error:  # values that are refused together only
@@ -249,13 +332,14 @@ class Launcher:
         job = Job(
             config=run_config,
             command=self.plan.command(values, "evaluate_test=false"),
-            run_id=run.run_id,
+            run=run,
             checkpoint=self.checkpoints / run.run_id / "training.npz",
             objectives=config.sweep.objectives,
             storage=self.storage,
             study=self.study.study_name,
             trial_id=trial._trial_id,
             pruner=NoPrunerConfig(name="none") if is_baseline else config.pruner,
+            patience=config.sweep.patience,
         )
         flight = Flight(
             trial=trial, values=values, run=run, job=job, since=since, is_first=is_first
@@ -286,21 +370,14 @@ class Launcher:
 
     def settle(self, flight: Flight, future: Future[Outcome]) -> bool:
         """Does what follows from the end of a trial; returns whether it is to be tried again."""
-        number, run = flight.trial.number, flight.run
-        seconds = time.monotonic() - flight.since
+        run, seconds = flight.run, time.monotonic() - flight.since
         try:
             outcome = future.result()
         except WorkerDiedError as error:
-            deaths = flight.trial.user_attrs.get("deaths", 0) + 1
-            if self.must_stop():
-                outcome = Outcome(state="STOPPED")
-            elif deaths < MAX_DEATHS:
-                log.warning("trial %d: %s It is tried again.", number, error)
-                flight.trial.set_user_attr("deaths", deaths)
+            last = self.outcome_of_death(flight, error)
+            if last is None:
                 return True
-            else:
-                reason = f"{error} {deaths} workers died in this trial."
-                outcome = Outcome(state="FAIL", reason=reason)
+            outcome = last
         if outcome.state == "STOPPED":
             run.end("KILLED")
             return not self.must_stop()  # somebody stopped the worker alone
@@ -313,7 +390,25 @@ class Launcher:
                 self.overheads.append(seconds - outcome.seconds)
             self.progress.seconds.append(seconds)
             self.tell(flight.trial, run, outcome, seconds=seconds)
+        if not run.spool.is_empty:
+            self.behind[run.run_id] = run
         return False
+
+    def outcome_of_death(self, flight: Flight, error: WorkerDiedError) -> Outcome | None:
+        """What becomes of a trial whose worker died; None: it is tried again."""
+        number, run = flight.trial.number, flight.run
+        if self.must_stop():
+            return Outcome(state="STOPPED")
+        run.catch_up(at_once=True)
+        if outcome := self.patiently(partial(self.recorded_outcome, run)):
+            return outcome
+        deaths = flight.trial.user_attrs.get("deaths", 0) + 1
+        if deaths < MAX_DEATHS:
+            log.warning("trial %d: %s It is tried again.", number, error)
+            flight.trial.set_user_attr("deaths", deaths)
+            self.patiently(run.reopen)
+            return None
+        return Outcome(state="FAIL", reason=f"{error} {deaths} workers died in this trial.")
 
     def tell(self, trial: Trial, run: Run, outcome: Outcome, *, seconds: float) -> None:
         """Ends the trial, once its run has ended."""
@@ -341,7 +436,7 @@ class Launcher:
         self.next_look = time.monotonic() + 9 * (time.monotonic() - start)
 
     def running(self, flight: Flight) -> Running:
-        metrics = flight.run.metrics
+        metrics = flight.run.known_metrics
         epoch = int(metrics.get("epoch", 0))
         return Running(
             number=flight.trial.number,

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from pipeline import fast_imports
 from pipeline.compose import run_cli
 from pipeline.config import without_password
+from pipeline.database import AwayError
 from pipeline.pages import store_command, ui_command
 from sweeps import dry_run
 from sweeps.config import VARIANTS, SweepConfig
@@ -30,13 +31,14 @@ from sweeps.parent import baseline, open_parent, publish, read_board
 from sweeps.plan import Plan, build_plan
 from sweeps.space import split_command_line
 from sweeps.study import (
+    HeldError,
     best_trials,
     check_identity,
     find_study,
     hold,
     importances,
-    open_storage,
     open_study,
+    patient_storage,
     storage_uri,
 )
 from sweeps.trial import warm_up
@@ -94,17 +96,22 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         KeyboardInterrupt: A signal stopped it.
     """
     with ExitStack() as stack:
-        stack.enter_context(hold(name, storage))
+        held = stack.enter_context(hold(name, storage))
         workers = _count_workers(plan, name, storage)
         executor = stack.enter_context(LocalExecutor(workers, warm_up))
         with fast_imports():  # while the workers start
             from pipeline.data import load
             from pipeline.store import open_store
+            from pipeline.tracking import replay_left
         data = load(plan.config.data)
         received = stack.enter_context(held_signals(console, command))
-        study = open_study(name, open_storage(storage), plan.config.sweep.directions)
+        patience = plan.config.sweep.patience
+        database = patient_storage(storage, patience, lambda: bool(received))
+        study = open_study(name, database, plan.config.sweep.directions)
         check_identity(study, {**plan.identity, "data": _digest(data)})
-        parent = open_parent(plan, study, open_store(plan.config.tracking), data, command)
+        store = open_store(plan.config.tracking)
+        replay_left(store)
+        parent = open_parent(plan, study, store, data, command)
         progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
         progress.add(*study.get_trials(deepcopy=False))
         if not workers and parent.status == "FINISHED":
@@ -121,10 +128,14 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
             workers=workers,
             display=Display(console, progress, workers),
             received=received,
+            held=held,
             publish=partial(publish, plan, study, parent, progress, command),
         )
         try:
             launcher.run()
+        except HeldError:  # since the server restarted: what is there is another's now
+            executor.stop(grace=0)
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             launcher.abandon("FAILED", reason)
@@ -166,6 +177,13 @@ def _conclude(launcher: Launcher, command: str) -> None:
     if launcher.broken:
         parent.end("FAILED", error=launcher.broken)
         raise SweepFailedError(f"{launcher.broken} Stopped after {progress.counts}. {go_on}")
+    try:
+        launcher.tell_all()
+    except AwayError as error:
+        raise SweepFailedError(
+            f"{error} The sweep is done, but what the store has yet to be told of it is kept in "
+            f"{parent.store.spools}. {go_on}"
+        ) from error
     board, shares = launcher.publish()
     if launcher.has_failed and progress.finished < progress.budget:
         failed = launcher.study.get_trials(deepcopy=False, states=[TrialState.FAIL])

@@ -1,14 +1,16 @@
 """The study in Optuna: its storage, its lock, its sampler and pruner, asking and adopting."""
 
+import abc
 import json
 import os
 import socket
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -16,6 +18,7 @@ import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import (
     BasePruner,
     HyperbandPruner,
@@ -24,12 +27,12 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
 )
 from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from pipeline.config import TrackingConfig
-from pipeline.database import alone, create_sqlite, sqlite_path
+from pipeline.database import alone, create_sqlite, lost_connection, patiently, sqlite_path
 from sweeps.config import (
     AshaConfig,
     CmaEsConfig,
@@ -45,6 +48,8 @@ from sweeps.config import (
 from sweeps.space import Parameter, Space, Values
 
 IMPORTANT = 2_000  # trials from which importances are told: of 10,000 it takes seconds
+T = TypeVar("T")
+
 LOCK_TIMEOUT = 60  # seconds that a writer waits for another one
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -72,8 +77,89 @@ def open_storage(uri: str) -> RDBStorage:
     return RDBStorage(uri, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}})
 
 
+class _PatientStorage(BaseStorage):
+    """A storage on a server, which may restart meanwhile.
+
+    Args:
+        uri: Of the database.
+        seconds: To wait for it, at most.
+        stop: Asked every second whether to give up.
+    """
+
+    def __init__(self, uri: str, seconds: float, stop: Callable[[], bool]) -> None:
+        self._uri, self._seconds, self._stop = uri, seconds, stop
+        self._inner = self._wait(lambda: get_storage(open_storage(uri)))
+
+    def _wait(self, call: Callable[[], T]) -> T:
+        seconds, self._seconds = self._seconds, 0.0  # once in vain, it waits no more
+        found = patiently(call, lost_connection, self._uri, seconds=seconds, stop=self._stop)
+        self._seconds = seconds
+        return found
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """Of an answer that was lost with the connection, the second try says that it was told."""
+        lost: list[Exception] = []
+
+        def tell() -> bool:
+            try:
+                return self._inner.set_trial_state_values(trial_id, state, values)
+            except UpdateFinishedTrialError:
+                if not lost:
+                    raise
+                return True
+            except Exception as error:
+                lost.append(error)
+                raise
+
+        return self._wait(tell)
+
+
+def _waiting(name: str) -> Callable[..., Any]:
+    def call(self: _PatientStorage, *arguments: Any, **named: Any) -> Any:
+        return self._wait(lambda: getattr(self._inner, name)(*arguments, **named))
+
+    return call
+
+
+for _name, _method in vars(BaseStorage).items():
+    if callable(_method) and not _name.startswith("_") and _name not in vars(_PatientStorage):
+        setattr(_PatientStorage, _name, _waiting(_name))
+abc.update_abstractmethods(_PatientStorage)  # type: ignore[type-abstract]
+
+
+def patient_storage(
+    uri: str, seconds: float, stop: Callable[[], bool] = lambda: False
+) -> BaseStorage:
+    """Likewise, for a sweep that goes on when a server restarts.
+
+    Args:
+        uri: Of the database.
+        seconds: To wait for it, at most.
+        stop: Asked every second whether to give up.
+
+    Raises:
+        AwayError: Here, and from each method: it is still away.
+    """
+    if sqlite_path(uri):
+        return open_storage(uri)
+    return _PatientStorage(uri, seconds, stop)  # type: ignore[abstract]
+
+
+class Hold:
+    """A sweep or a promotion that no other process may begin."""
+
+    def renew(self) -> None:
+        """Takes it again where the server that kept it has restarted.
+
+        Raises:
+            HeldError: Another process was faster.
+        """
+
+
 @contextmanager
-def hold(name: str, uri: str, work: str = "sweep") -> Iterator[None]:
+def hold(name: str, uri: str, work: str = "sweep") -> Iterator[Hold]:
     """Inside, no other launcher runs this sweep. The lock ends with the process, however it ends.
 
     Args:
@@ -85,8 +171,12 @@ def hold(name: str, uri: str, work: str = "sweep") -> Iterator[None]:
         HeldError: Another launcher holds it; the message says which.
     """
     path = sqlite_path(uri)
-    with _hold_on_server(name, uri, work) if path is None else _hold_file(name, path.parent, work):
-        yield
+    if path is None:
+        with closing(_ServerHold(name, uri, work)) as held:
+            yield held
+    else:
+        with _hold_file(name, path.parent, work):
+            yield Hold()
 
 
 def _held(work: str, name: str, by: str) -> str:
@@ -118,37 +208,50 @@ def _hold_file(name: str, folder: Path, work: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _hold_on_server(name: str, uri: str, work: str) -> Iterator[None]:
+class _ServerHold(Hold):
     """An advisory lock of PostgreSQL, whose connection says in its name who holds it."""
-    engine = sqlalchemy.create_engine(
-        uri,
-        poolclass=sqlalchemy.NullPool,
-        isolation_level="AUTOCOMMIT",
-        connect_args={"application_name": _me(), "keepalives_idle": 30},  # seconds
-    )
-    key = {"key": f"digit-sweeps {name}" if work == "sweep" else f"digit-sweeps {work} {name}"}
-    with engine.connect() as connection:
-        take = sqlalchemy.text("SELECT pg_try_advisory_lock(0, hashtext(:key))")
-        if not connection.scalar(take, key):
-            by = connection.scalar(
-                sqlalchemy.text(
-                    "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) "
-                    "WHERE locktype = 'advisory' AND classid = 0 AND granted "
-                    "AND pg_locks.database = "
-                    "(SELECT oid FROM pg_database WHERE datname = current_database()) "
-                    "AND objid = hashtext(:key)::bit(32)::bigint::oid"
-                ),
-                key,
+
+    def __init__(self, name: str, uri: str, work: str) -> None:
+        self._held_by = partial(_held, work, name)
+        words = ["digit-sweeps", name] if work == "sweep" else ["digit-sweeps", work, name]
+        self._key = {"key": " ".join(words)}
+        self._engine = sqlalchemy.create_engine(
+            uri,
+            poolclass=sqlalchemy.NullPool,
+            isolation_level="AUTOCOMMIT",
+            connect_args={"application_name": _me(), "keepalives_idle": 30},  # seconds
+        )
+        self._take()
+
+    def _take(self) -> None:
+        self._connection = self._engine.connect()
+        if not self._ask("SELECT pg_try_advisory_lock(0, hashtext(:key))"):
+            by = self._ask(
+                "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) "
+                "WHERE locktype = 'advisory' AND classid = 0 AND granted "
+                "AND pg_locks.database = "
+                "(SELECT oid FROM pg_database WHERE datname = current_database()) "
+                "AND objid = hashtext(:key)::bit(32)::bigint::oid"
             )
-            raise HeldError(_held(work, name, by or "another process"))
+            self._connection.close()
+            raise HeldError(self._held_by(by or "another process"))
+
+    def _ask(self, question: str) -> Any:
+        return self._connection.scalar(sqlalchemy.text(question), self._key)
+
+    def renew(self) -> None:
         try:
-            yield
-        finally:  # now, not when the server notices that the connection is closed
+            self._ask("SELECT :key")
+        except sqlalchemy.exc.SQLAlchemyError:
             with suppress(sqlalchemy.exc.SQLAlchemyError):
-                connection.execute(
-                    sqlalchemy.text("SELECT pg_advisory_unlock(0, hashtext(:key))"), key
-                )
+                self._connection.close()
+            self._take()
+
+    def close(self) -> None:
+        with suppress(sqlalchemy.exc.SQLAlchemyError):
+            # Now, not when the server notices that the connection is closed.
+            self._ask("SELECT pg_advisory_unlock(0, hashtext(:key))")
+            self._connection.close()
 
 
 def find_study(name: str, uri: str) -> optuna.Study | None:
@@ -162,7 +265,7 @@ def find_study(name: str, uri: str) -> optuna.Study | None:
         return None
 
 
-def open_study(name: str, storage: RDBStorage, directions: Sequence[Direction]) -> optuna.Study:
+def open_study(name: str, storage: BaseStorage, directions: Sequence[Direction]) -> optuna.Study:
     """Creates a study or opens the one of that name, whose directions may be others."""
     return optuna.create_study(
         study_name=name, storage=storage, directions=list(directions), load_if_exists=True

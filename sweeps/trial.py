@@ -16,10 +16,11 @@ from pipeline import start_libraries
 from pipeline.config import DataConfig, RunConfig, without_password
 from pipeline.endings import StopRun
 from sweeps.config import PrunerConfig
-from sweeps.study import build_pruner, open_storage
+from sweeps.study import build_pruner, patient_storage
 
 if TYPE_CHECKING:  # or TensorFlow is imported, which the launcher does without
     from pipeline.data import Data
+    from pipeline.tracking import Run
     from pipeline.train import EpochHook, Metrics
 
 # Metric of a run that an objective is.
@@ -33,14 +34,14 @@ class Training:
     Attributes:
         config: Of the run.
         command: Command line that repeats it.
-        run_id: Run in MLflow to record in.
+        run: To record in.
         checkpoint: File that keeps the training after each epoch.
         objectives: What its outcome tells.
     """
 
     config: RunConfig
     command: str
-    run_id: str
+    run: Run
     checkpoint: Path
     objectives: tuple[str, ...]
 
@@ -54,12 +55,14 @@ class Job(Training):
         study: Name of the study.
         trial_id: Of the trial in that database.
         pruner: Decides, with the study, whether the trial goes on.
+        patience: Seconds to wait for a database server that is away.
     """
 
     storage: str
     study: str
     trial_id: int
     pruner: PrunerConfig
+    patience: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ def _run(job: Training, open_report: Callable[[], EpochHook]) -> Outcome:
             job.command,
             on_epoch_end=on_epoch_end,
             data=_load(job.config.data),
-            run_id=job.run_id,
+            into=job.run,
             checkpoint=job.checkpoint,
         )
     except StopRun:
@@ -147,7 +150,7 @@ def _reporter(job: Job) -> EpochHook:
     objective = job.objectives[0]
     if len(job.objectives) > 1 or objective not in METRICS:
         return lambda epoch, metrics: None
-    study = _open_study(job.storage, job.study, job.pruner)
+    study = _open_study(job.storage, job.study, job.pruner, job.patience)
     trial = optuna.trial.Trial(study, job.trial_id)
     reported = study._storage.get_trial(job.trial_id).intermediate_values
     was_pruned = "pruned" in trial.user_attrs  # but its launcher was killed before it was told
@@ -164,10 +167,10 @@ def _reporter(job: Job) -> EpochHook:
 
 
 @functools.lru_cache(maxsize=2)  # the baseline has a pruner of its own: none
-def _open_study(storage: str, name: str, pruner: PrunerConfig) -> optuna.Study:
+def _open_study(storage: str, name: str, pruner: PrunerConfig, patience: float) -> optuna.Study:
     return optuna.load_study(
         study_name=name,
-        storage=open_storage(storage),
+        storage=patient_storage(storage, patience),
         sampler=RandomSampler(),  # asks nothing
         pruner=build_pruner(pruner),
     )

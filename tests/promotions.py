@@ -90,7 +90,7 @@ class Bench:
         run = into or create_run(open_store(config.tracking), "single", {})
         words = ["python", "-m", "pipeline.run", *TINY, "evaluate_test=false", *overrides]
         with suppress(ArithmeticError):  # diverged
-            execute_run(config, shlex.join(words), run_id=run.run_id)
+            execute_run(config, shlex.join(words), into=run)
         return read_run(run.run_id)
 
     def sweep(self, name: str, *trials: tuple[str, ...]) -> Recorded:

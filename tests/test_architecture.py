@@ -16,7 +16,12 @@ SOURCES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 OWNERS = {
-    "mlflow": {"pipeline/store.py", "pipeline/tracking.py", "pipeline/registry.py"},
+    "mlflow": {
+        "pipeline/entries.py",
+        "pipeline/store.py",
+        "pipeline/tracking.py",
+        "pipeline/registry.py",
+    },
     "omegaconf": {"pipeline/compose.py"},
     "hydra": {"pipeline/compose.py", "sweeps/space.py", "sweeps/plan.py"},
     "optuna": {name for name in SOURCES if name.startswith("sweeps/")},

@@ -236,7 +236,7 @@ def test_a_run_can_be_nested_under_another(quick: Configure, tmp_path: Path) -> 
     parent = create_run(store, "parent", {})
     child = create_run(store, "child", {"trial": 3}, parent=parent)
 
-    execute_run(config, COMMAND, run_id=child.run_id)
+    execute_run(config, COMMAND, into=child)
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
     recorded = client.get_run(child.run_id)

@@ -473,7 +473,10 @@ def test_an_experiment_has_a_view_of_all_its_runs_from_the_first(opened: Store) 
     ],
 )
 def test_a_page_has_an_address_on_a_server_alone(uri: str, address: str) -> None:
-    assert Store(uri=uri, experiment_id="1", database=None).address("#/page") == address
+    assert (
+        Store(uri=uri, experiment_id="1", database=None, directory=Path()).address("#/page")
+        == address
+    )
 
 
 # --- statistics of the database ----------------------------------------------------------
@@ -513,7 +516,7 @@ def test_a_store_without_a_file_has_nothing_to_analyze(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    Store(uri="http://host", experiment_id="1", database=None).analyze()
+    Store(uri="http://host", experiment_id="1", database=None, directory=Path()).analyze()
 
     assert list(tmp_path.iterdir()) == []
 

@@ -49,10 +49,10 @@ class Trying:
 
     @property
     def run(self) -> Run:
-        return self.client.get_run(self.job.run_id)
+        return self.client.get_run(self.job.run.run_id)
 
     def steps(self, metric: str) -> list[int]:
-        return [each.step for each in self.client.get_metric_history(self.job.run_id, metric)]
+        return [each.step for each in self.client.get_metric_history(self.job.run.run_id, metric)]
 
     @property
     def reported(self) -> dict[int, float]:
@@ -101,13 +101,14 @@ def ask(configure: Configure, tmp_path: Path, empty: Path) -> Try:
         job = Job(
             config=config,
             command=COMMAND,
-            run_id=run.run_id,
+            run=run,
             checkpoint=folder / "checkpoints" / f"{run.run_id}.npz",
             objectives=objectives,
             storage=uri,
             study="sweep",
             trial_id=study.ask()._trial_id,
             pruner=NoPrunerConfig(name="none"),
+            patience=0.0,
         )
         return Trying(replace(job, **changes), study)
 
@@ -161,7 +162,7 @@ def test_each_epoch_is_reported_to_the_study_as_it_is_to_the_run(ask: Try) -> No
 
     run_trial(trying.job)
 
-    history = trying.client.get_metric_history(trying.job.run_id, "val_accuracy")
+    history = trying.client.get_metric_history(trying.job.run.run_id, "val_accuracy")
     assert trying.reported == {each.step: each.value for each in history}
     assert list(trying.reported) == [1, 2, 3]
 
@@ -269,16 +270,24 @@ def test_warming_up_a_process_that_is_warm_does_nothing() -> None:
 # --- stores that fail --------------------------------------------------------------------
 
 
-def test_a_server_that_is_not_there_breaks_the_trial(ask: Try) -> None:
+def test_a_trial_whose_server_is_away_is_whole_and_kept_in_the_spool(ask: Try) -> None:
     trying = ask()
-    tracking = replace(trying.job.config.tracking, uri="http://user:secret@127.0.0.1:9")
-    job = replace(trying.job, config=replace(trying.job.config, tracking=tracking))
+    store = replace(trying.job.run.store, uri="http://user:secret@127.0.0.1:9", database=None)
+    run = replace(trying.job.run, store=store)
 
-    outcome = run_trial(job)
+    outcome = run_trial(replace(trying.job, run=run))
 
-    assert outcome.state == "BROKEN"
-    assert "no server answers at" in outcome.reason
-    assert "secret" not in outcome.reason
+    entries = run.spool.entries
+    metrics = [each for entry in entries if entry["kind"] == "metrics" for each in entry["metrics"]]
+    (model,) = [run.spool.path_of(entry) for entry in entries if entry["kind"] == "model"]
+    assert outcome.state == "COMPLETE"
+    assert [step for name, _, _, step in metrics if name == "val_loss"] == [1, 2, 3]
+    assert model is not None
+    assert (model / "MLmodel").exists()
+    assert (entries[-1]["kind"], entries[-1]["status"]) == ("end", "FINISHED")
+    kept = [path for path in run.spool.folder.rglob("*") if path.is_file()]
+    assert all(b"secret" not in path.read_bytes() for path in kept)
+    trying.job.run.store.use()  # as it was
 
 
 def test_a_study_that_is_gone_breaks_the_trial(ask: Try, tmp_path: Path) -> None:
