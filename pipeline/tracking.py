@@ -323,8 +323,10 @@ def replay(spool: Spool, uri: str) -> int:
         Exception: The store is away again, or refuses an entry; the spool keeps what it was not
             told.
     """
+    if spool.is_empty:
+        return 0
     with spool.lock():
-        if spool.is_empty:
+        if spool.is_empty:  # now: another process was faster
             return 0
         about, entries = spool.about, spool.entries
         if about["uri"] != without_password(uri):
