@@ -1,10 +1,14 @@
 """One run: compose a configuration, train and evaluate a Keras MLP, record it in MLflow."""
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from pipeline.config import without_password
 
 # Read by the libraries when they are first imported, so set before any of them is.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -17,6 +21,22 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # not 7: minutes a call
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
+
+_make_record = logging.getLogRecordFactory()
+
+
+def _without_password(*arguments: Any, **named: Any) -> logging.LogRecord:
+    """What any library logs: some name the address of a server or database, whole."""
+    record = _make_record(*arguments, **named)
+    with suppress(TypeError, ValueError):  # of arguments that do not fit: logging says so itself
+        record.msg, record.args = without_password(record.getMessage()), None
+    if record.exc_info:
+        text = logging.Formatter().formatException(record.exc_info)
+        record.exc_text = without_password(text)
+    return record
+
+
+logging.setLogRecordFactory(_without_password)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ class Stored:
     dtype: np.dtype[np.generic]
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.name}"
+        return f"{self.path}: {self.name}".encode(errors="backslashreplace").decode()
 
     def __len__(self) -> int:
         return self.shape[0] if self.shape else 0
@@ -222,7 +223,12 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.gener
     version = np.lib.format.read_magic(stream)
     if version not in _HEADERS:
         raise ValueError(f"NumPy's format {version} is not known")
-    return _HEADERS[version](stream)
+    with warnings.catch_warnings():  # of a header that it tries to mend
+        warnings.simplefilter("ignore")
+        shape, in_columns, dtype = _HEADERS[version](stream)
+    if not all(0 <= side < 2**62 for side in shape):
+        raise ValueError(f"its header has the shape {list(shape)}")
+    return shape, in_columns, dtype
 
 
 @contextmanager

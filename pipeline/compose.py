@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
@@ -21,6 +22,7 @@ from typing import Any, Generic, TypeVar, cast
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -241,9 +243,33 @@ def run_cli(
 
     atexit.register(gc.freeze)  # or the interpreter collects all it has at its end: 0.8 s
     with _errors_in_one_line(config_name, tracebacks, interrupted):
+        _check_overrides(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     if failed:
         sys.exit(1)
+
+
+def _check_overrides(arguments: Sequence[str]) -> None:
+    """Names what Hydra refuses without its name.
+
+    Raises:
+        ValueError: A number has too many digits, brackets are too deep, a group has no option, or
+            it is not UTF-8.
+    """
+    for argument in arguments:
+        if not argument.isascii() and argument != argument.encode(errors="replace").decode():
+            raise ValueError(f"{argument}: not UTF-8, which no store records.")
+        try:
+            override = OverridesParser.create().parse_override(argument)
+            value, name = override.value(), override.key_or_group
+        except HydraException:  # a flag, or a mistake that Hydra tells itself
+            continue
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{argument.partition('=')[0]}: {error}") from error
+        options = value if isinstance(value, list) else [value]
+        is_option = override.is_sweep_override() or all(isinstance(each, str) for each in options)
+        if (CONF / name).is_dir() and not is_option and not override.is_delete():
+            raise ValueError(f"{argument}: {name} is a group, it needs an option.")
 
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> None:
@@ -270,8 +296,11 @@ def _errors_in_one_line(config_name: str, tracebacks: bool, interrupted: str) ->
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if tracebacks:
-            raise
-        print(f"Error: {without_password(explain(error, config_name))}", file=sys.stderr)
+            print(without_password(traceback.format_exc()), file=sys.stderr, end="")
+            sys.exit(getattr(error, "exit_status", 1))
+        # A password shows also in what was to be an address, and is refused as none.
+        shown = re.sub(r":(?!//)\S+@", ":***@", without_password(explain(error, config_name)))
+        print(f"Error: {shown}", file=sys.stderr)
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             raise Reported from error  # the other jobs go on
         sys.exit(getattr(error, "exit_status", 1))
@@ -279,11 +308,15 @@ def _errors_in_one_line(config_name: str, tracebacks: bool, interrupted: str) ->
 
 def explain(error: BaseException, config_name: str = "run") -> str:
     """One line that tells a user what was wrong, with the nearest valid name where one is near."""
-    return " ".join(line.strip() for line in _explain(error, config_name).splitlines())
+    line = " ".join(line.strip() for line in _explain(error, config_name).splitlines())
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
 
 
 def _explain(error: BaseException, config_name: str) -> str:
     text = str(error)
+    if isinstance(error, RecursionError):
+        key = re.search(r"full_key: ([A-Za-z_][\w.]*)", text)
+        return f"{key[1] if key else 'the command line'}: its brackets are too deep."
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value: set {error.full_key}=..."
     if isinstance(error, OmegaConfBaseException):

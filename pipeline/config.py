@@ -19,6 +19,8 @@ INITIALIZERS = (
 LOADERS = ("arrays", "digits")
 SCHEDULES = ("constant", "cosine")
 COMPILE = ("auto", "always", "never")
+# Addresses that MLflow can record runs at: a server, or a database; a file of its own.
+STORES = r"https?://[^/]+.*|sqlite:///.*[^/.]|(postgresql|mysql|mssql)(\+\w+)?://.+"
 ALIASES = ("champion", "challenger")
 PREDICTION_FILES = (".csv", ".parquet")
 
@@ -43,10 +45,25 @@ def check_name(key: str, value: str) -> None:
     check(bool(safe), key, "1 to 64 of the characters A-Z a-z 0-9 . _ -", value)
 
 
+def check_address(key: str, value: str) -> None:
+    """An address whose password `without_password` finds; the error does not show it."""
+    if re.search(r"://[^:/\s]*:[^@]*\s.*@", value):
+        raise ValueError(f"{key} must have no white space in its password: write it as %20.")
+
+
 def without_password(text: str) -> str:
     """Hides the password of every address in a text: `postgresql://me:***@host/db`."""
     text = re.sub(r"(://[^:/\s]*):\S+@", r"\1:***@", text)
     return re.sub(r"([?&](?:password|token)=)[^&\s]+", r"\1***", text)
+
+
+# What moves a terminal's cursor, hides text or turns it round; a line and a tab are none of it.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A text that others may have written, as a terminal may be given it."""
+    return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -295,11 +312,13 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         check_name("tracking.experiment", self.experiment)
         check(
-            self.uri is None or "://" in self.uri,
+            self.uri is None or re.fullmatch(STORES, self.uri) is not None,
             "tracking.uri",
             "null or an address such as http://127.0.0.1:5000",
             self.uri,
         )
+        if self.uri:
+            check_address("tracking.uri", self.uri)
 
 
 @dataclass(frozen=True, kw_only=True)

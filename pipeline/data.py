@@ -8,6 +8,7 @@ import struct
 import sys
 import tempfile
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -185,9 +186,10 @@ def _draw(
             stratify=labels[rows],
             random_state=config.split_seed,
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
+        shown = size if isinstance(size, int) else f"{size:g}"  # no float holds any number
         raise ValueError(
-            f"{key}={size:g}: cannot draw as many of {len(rows)} training images "
+            f"{key}={shown}: cannot draw as many of {len(rows)} training images "
             "with every class in proportion."
         ) from error
     return rest, drawn
@@ -212,7 +214,7 @@ def load_digits(config: DataConfig) -> Arrays:
 def load_arrays(config: DataConfig) -> Arrays:
     """From `data.path`, else the Keras cache, else our own cache, else downloaded."""
     if config.path:
-        return _read_verified(Path(config.path).expanduser(), config)
+        return _read_verified(_given_path(config.path), config)
     own = _cache() / f"{config.name}.npz"
     for path in (*_keras_cache(config.name), own):
         if path.exists():
@@ -221,6 +223,16 @@ def load_arrays(config: DataConfig) -> Arrays:
             except (OSError, ValueError) as error:
                 log.warning("passed over: %s", error)
     return _download(config, own)
+
+
+def _given_path(given: str) -> Path:
+    try:
+        path = Path(given).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ValueError(f"data.path={given}: {error}") from error
+    if path.exists() and not path.is_file() and not path.is_dir():  # reading a pipe waits for ever
+        raise ValueError(f"data.path={given} is no file and no folder.")
+    return path
 
 
 LOADERS: dict[str, Callable[[DataConfig], Arrays]] = {
@@ -346,11 +358,15 @@ def _read_verified(path: Path, config: DataConfig) -> Arrays:
 
 def _difference(path: Path, expected: Sequence[str]) -> str:
     """The first file that is not, byte for byte, what was expected: the end of a message."""
-    files = [_find_idx(path, name) for name in IDX_NAMES] if path.is_dir() else [path]
+    try:
+        files = [_find_idx(path, name) for name in IDX_NAMES] if path.is_dir() else [path]
+    except OSError:  # what cannot be found was not read
+        return ""
     for file, want in zip(files, expected, strict=False):
-        got = hashlib.sha256(_content(file)).hexdigest()
-        if got != want:
-            return f" {file.name}: expected SHA-256 {want}, got {got}."
+        with suppress(OSError, ValueError):  # what cannot be read was said before
+            got = hashlib.sha256(_content(file)).hexdigest()
+            if got != want:
+                return f" {file.name}: expected SHA-256 {want}, got {got}."
     return ""
 
 
@@ -373,7 +389,9 @@ def _read_npz(path: Path) -> tuple[Array, ...]:
 
 def _read_member(file: np.lib.npyio.NpzFile, name: str) -> Array:
     try:
-        array = file[name]
+        with warnings.catch_warnings():  # NumPy's, of a header that it tries to mend
+            warnings.simplefilter("ignore")
+            array = file[name]
     except Exception as error:  # as above
         raise ValueError(f"{name}: {error}") from error
     if not isinstance(array, np.ndarray):  # NumPy gives the bytes of what is no array
@@ -395,12 +413,21 @@ def _find_idx(folder: Path, name: str) -> Path:
 
 
 def _read_idx_file(path: Path) -> Array:
+    try:
+        return _parse_idx(path)
+    except PermissionError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its parser raise
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _parse_idx(path: Path) -> Array:
     content = path.read_bytes()
     if path.suffix == ".gz":
         content = gzip.decompress(content)
     zeros, code, dimensions = struct.unpack_from(">HBB", content)
     if zeros or code not in IDX_TYPES:
-        raise ValueError(f"{path.name} is not an IDX file")
+        raise ValueError("not an IDX file")
     shape = struct.unpack_from(f">{dimensions}I", content, 4)
     array = np.frombuffer(content, IDX_TYPES[code], offset=4 + 4 * dimensions).reshape(shape)
     return array.astype(array.dtype.newbyteorder("="))

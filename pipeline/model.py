@@ -133,8 +133,13 @@ def check_memory(config: ModelConfig, *, num_inputs: int, num_classes: int) -> N
         raise ValueError(
             f"model.hidden_units={config.hidden_units} with model.hidden_layers="
             f"{config.hidden_layers} makes {count:,} parameters, which take "
-            f"{needed / 2**30:,.1f} GiB to train; {free / 2**30:,.1f} GiB are free."
+            f"{_gib(needed)} GiB to train; {_gib(free)} GiB are free."
         )
+
+
+def _gib(size: int) -> str:
+    """Bytes in GiB; of a network without bounds they are more than a float holds."""
+    return f"{size / 2**30:,.1f}" if size < 2**64 else f"{size // 2**30:,}"
 
 
 def _free_memory() -> int:

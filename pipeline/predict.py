@@ -94,7 +94,8 @@ class Predicted:
 
     @property
     def file(self) -> str:
-        return str(self.given.path if isinstance(self.given, Stored) else self.given)
+        path = self.given.path if isinstance(self.given, Stored) else self.given
+        return str(path).encode(errors="backslashreplace").decode()  # of bytes that are no UTF-8
 
     @cached_property
     def ranked(self) -> npt.NDArray[np.intp]:
@@ -124,11 +125,18 @@ def split_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             rest += [argument, *(value for value in [next(left, None)] if value is not None)]
         elif argument.startswith(("-", "~")):
             rest.append(argument)
-        elif Path(argument).exists() or not (equals or argument.startswith("+")):
+        elif _is_there(argument) or not (equals or argument.startswith("+")):
             files.append(argument)
         else:
             rest.append(argument)
     return rest, files
+
+
+def _is_there(argument: str) -> bool:
+    try:
+        return Path(argument).exists()
+    except OSError:  # longer than a file name may be, or in a folder that is closed to us
+        return False
 
 
 def _override(key: str, value: str) -> str:

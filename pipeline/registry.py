@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +26,8 @@ from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from pipeline.config import TrackingConfig, without_password
-from pipeline.database import alone, sqlite_path
+from pipeline.config import TrackingConfig, printable, without_password
+from pipeline.database import alone, sqlite_path, sqlite_uri
 from pipeline.store import is_server
 
 if TYPE_CHECKING:  # or TensorFlow is imported
@@ -62,6 +63,36 @@ _FLAVORS = {
     "python_function": {"loader_module": "mlflow.tensorflow", "data": "data", "code": None},
     "tensorflow": {"model_type": "keras", "data": "data", "save_format": "tf", "code": None},
 }
+# All that a network of ours is made of, by Keras' modules. Keras' safe mode refuses lambdas, but
+# not a network that calls functions of Keras itself while it is loaded.
+_PARTS = {
+    "keras": {"Sequential", "DTypePolicy"},
+    "keras.layers": {
+        "InputLayer",
+        "Rescaling",
+        "Flatten",
+        "Dense",
+        "BatchNormalization",
+        "Activation",
+        "Dropout",
+    },
+    "keras.initializers": {
+        "GlorotUniform",
+        "GlorotNormal",
+        "HeUniform",
+        "HeNormal",
+        "LecunUniform",
+        "LecunNormal",
+        "Zeros",
+        "Ones",
+    },
+    "keras.regularizers": {"L2"},
+    "keras.constraints": {"MaxNorm"},
+    "keras.metrics": {"SparseCategoricalAccuracy"},
+    "keras.optimizers": {"RMSprop", "Adam", "SGD"},
+    "keras.optimizers.schedules": {"CosineDecay"},
+}
+_ARCHIVE = ["config.json", "metadata.json", "model.weights.h5"]  # what a file of Keras consists of
 _UNLIKE = (KeyError, TypeError, ValueError)  # of a description that is no description
 
 
@@ -156,14 +187,23 @@ def find_version(name: str | None, alias: str = CHAMPION) -> Version:
 
 def version_of(name: str, alias: str = CHAMPION) -> Version | None:
     """The version with an alias; None where there is none, or no such model."""
-    client = mlflow.MlflowClient()
+    model = _registered(name)
+    number = model and model.aliases.get(alias)
+    return None if number is None else read_version(name, int(number))
+
+
+def _registered(name: str) -> Any:
+    """A registered model; None where there is none that may be read.
+
+    A server that grants nothing unless it is told to says of one that is not there that it must
+    not be read.
+    """
     try:
-        number = client.get_registered_model(name).aliases.get(alias)
+        return mlflow.MlflowClient().get_registered_model(name)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
             raise
         return None
-    return None if number is None else read_version(name, int(number))
 
 
 def read_version(name: str, number: int) -> Version:
@@ -188,7 +228,7 @@ def _version(found: Any) -> Version:
         number=int(found.version),
         run_id=found.run_id,
         aliases=tuple(found.aliases),
-        tags=dict(found.tags),
+        tags={key: printable(text) for key, text in found.tags.items()},
         created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
     )
 
@@ -199,7 +239,7 @@ def lock_uri(uri: str, tracking: TrackingConfig) -> str:
     So promotions to a server keep clear of each other on one machine only.
     """
     if is_server(uri):
-        return f"sqlite:///{Path(tracking.directory).absolute() / 'mlflow.db'}"
+        return sqlite_uri(Path(tracking.directory).absolute() / "mlflow.db")
     return uri
 
 
@@ -309,14 +349,11 @@ def delete_alias(name: str, alias: str) -> None:
 
 def read_ledger(name: str) -> list[Move]:
     """All lines, the oldest first."""
-    try:
-        model = mlflow.MlflowClient().get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    model = _registered(name)
+    if model is None:
         return []
     lines = sorted(item for item in model.tags.items() if item[0].startswith(_LINE))
-    moves = [Move(at=key.removeprefix(_LINE), **json.loads(text)) for key, text in lines]
+    moves = [_move(key.removeprefix(_LINE), json.loads(text)) for key, text in lines]
     champion = model.aliases.get(CHAMPION)
     # What the next line found to be champion, after the last line the alias itself.
     found = [*(move.replaced for move in moves[1:]), champion and int(champion)]
@@ -324,6 +361,10 @@ def read_ledger(name: str) -> list[Move]:
         replace(move, happened=move.version == after)
         for move, after in zip(moves, found, strict=False)  # no lines: one too many
     ]
+
+
+def _move(at: str, line: Mapping[str, Any]) -> Move:
+    return Move(at=at, **{**line, "evidence": printable(line["evidence"])})
 
 
 def move_champion(version: Version, *, action: str, promotion: str, evidence: str) -> Move:
@@ -471,6 +512,32 @@ def _check_files(folder: Path, uri: str) -> None:
     }
     if keras_module not in _KERAS or named != _FLAVORS:
         raise RefusedModelError(f"{uri} is not loaded: it was not saved by this pipeline.")
+    _check_network(folder / "data" / "model.keras", uri)
+
+
+def _check_network(path: Path, uri: str) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names, network = archive.namelist(), json.loads(archive.read("config.json"))
+        strange = [part for part in _parts(network) if part[1] not in _PARTS.get(part[0], ())]
+    except Exception as error:  # a damaged or malicious file raises nearly everything
+        raise RefusedModelError(f"{uri} is not loaded: its network is damaged.") from error
+    if strange or sorted(names) != _ARCHIVE:
+        what = ".".join(strange[0]) if strange else ", ".join(names)
+        raise RefusedModelError(
+            f"{uri} is not loaded: {what[:100]} is no part of a network of ours."
+        )
+
+
+def _parts(network: Any) -> Iterator[tuple[str, str]]:
+    """Module and name of each object in a description of Keras."""
+    if isinstance(network, dict):
+        if "class_name" in network:
+            yield str(network.get("module")), str(network["class_name"])
+        network = list(network.values())
+    if isinstance(network, list):
+        for inside in network:
+            yield from _parts(inside)
 
 
 def model_digest(uri: str) -> str:

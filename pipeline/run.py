@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # or TensorFlow is imported
     from pipeline.tracking import Run
     from pipeline.train import EpochHook, History, Metrics
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.config import TrackingConfig, without_password
+from pipeline.config import TrackingConfig, printable, without_password
 from pipeline.database import (
     alone,
     analyze,
@@ -35,6 +35,7 @@ from pipeline.database import (
     create_sqlite,
     lost_connection,
     sqlite_path,
+    sqlite_uri,
 )
 from pipeline.pages import RUNS, RUNS_KEY, View
 
@@ -119,7 +120,7 @@ def open_store(config: TrackingConfig) -> Store:
         ConnectionError: No server answers.
     """
     directory = Path(config.directory).absolute()
-    uri = config.uri or f"sqlite:///{directory / 'mlflow.db'}"
+    uri = config.uri or sqlite_uri(directory / "mlflow.db")
     database = sqlite_path(uri)
     artifacts = (directory / "artifacts").as_uri()
     if database:
@@ -140,9 +141,19 @@ def _connecting(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
+        shown = without_password(uri)
+        if error.error_code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+            raise PermissionError(
+                f"tracking.uri: {shown} asks for a user and a password it knows: set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+            ) from error
+        if error.error_code == "PERMISSION_DENIED":
+            raise PermissionError(
+                f"tracking.experiment: the user at {shown} may not read it: ask whoever made it, "
+                "or choose another name."
+            ) from error
         if not (is_server(uri) and is_away(error, uri)):
             raise
-        shown = without_password(uri)
         raise ConnectionError(f"tracking.uri: no server answers at {shown}.") from error
 
 
@@ -286,7 +297,7 @@ def connect(config: TrackingConfig) -> str:
         ConnectionError: No server answers.
     """
     database = Path(config.directory).absolute() / "mlflow.db"
-    uri = config.uri or f"sqlite:///{database}"
+    uri = config.uri or sqlite_uri(database)
     if (path := sqlite_path(uri)) and not path.exists():
         raise FileNotFoundError(
             f"no runs are recorded in {path}: run python -m sweeps.run data=digits, "
@@ -300,7 +311,7 @@ def connect(config: TrackingConfig) -> str:
 
 def experiments() -> dict[str, str]:
     """Name by id of each experiment that is not deleted."""
-    return {found.experiment_id: found.name for found in mlflow.search_experiments()}
+    return {found.experiment_id: printable(found.name) for found in mlflow.search_experiments()}
 
 
 def search(
@@ -346,21 +357,25 @@ def read_run(run_id: str) -> Recorded:
 
 def _recorded(run: mlflow.entities.Run) -> Recorded:
     info, data = run.info, run.data
-    tags = dict(data.tags)
+    tags = _printable(data.tags)
     return Recorded(
         run_id=info.run_id,
-        name=info.run_name,
+        name=printable(info.run_name),
         experiment_id=info.experiment_id,
         parent=tags.get(MLFLOW_PARENT_RUN_ID),
         status=info.status,
         started=datetime.fromtimestamp(info.start_time / 1000, UTC),
         seconds=(info.end_time - info.start_time) / 1000 if info.end_time else None,
-        params=dict(data.params),
+        params=_printable(data.params),
         metrics=dict(data.metrics),
         tags=tags,
         artifacts=info.artifact_uri,
         validation=_validation(run),
     )
+
+
+def _printable(texts: Mapping[str, str]) -> dict[str, str]:
+    return {printable(name): printable(text) for name, text in texts.items()}
 
 
 def _validation(run: mlflow.entities.Run) -> tuple[str, int] | None:
@@ -385,6 +400,15 @@ def read_predictions(run: Recorded) -> Predictions | None:
     return None
 
 
+class _Settings(yaml.SafeLoader):
+    """Refuses aliases, of which we write none: nested, they make a few lines fill the memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias")
+        return super().compose_node(parent, index)
+
+
 def read_settings(run: Recorded) -> dict[str, Any]:
     """The configuration of a run, as `config.yaml` has it.
 
@@ -393,7 +417,7 @@ def read_settings(run: Recorded) -> dict[str, Any]:
     """
     try:
         with _artifact(run, SETTINGS) as path:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = yaml.load(path.read_text(encoding="utf-8"), _Settings)
     except (*STORE_ERRORS, UnicodeError, yaml.YAMLError) as error:
         raise ValueError(f"run {run.run_id} ({run.name}) has no readable {SETTINGS}.") from error
     if not isinstance(settings, dict):

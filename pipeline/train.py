@@ -210,10 +210,14 @@ def _chunks(
             tf.range(len(train)), tf.stack([tf.constant(seed, tf.int64), number])
         )
         starts = tf.data.Dataset.range(0, len(train), rows)
-        return starts.map(lambda start: order[start : start + rows])
+        return starts.map(as_it_is(lambda start: order[start : start + rows]))
 
-    orders = tf.data.Dataset.range(first, config.epochs).flat_map(epoch)
-    chunks = orders.map(lambda chunk: (tf.gather(images, chunk), tf.gather(labels, chunk)))
+    # Or TensorFlow writes each into a file, which stays where a worker is killed.
+    as_it_is = tf.autograph.experimental.do_not_convert
+    orders = tf.data.Dataset.range(first, config.epochs).flat_map(as_it_is(epoch))
+    chunks = orders.map(
+        as_it_is(lambda chunk: (tf.gather(images, chunk), tf.gather(labels, chunk)))
+    )
     return chunks.with_options(_options())
 
 

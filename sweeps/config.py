@@ -1,6 +1,7 @@
 """What a sweep is made of, beyond the run it repeats. The defaults stand in `conf/`."""
 
 import os
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from pipeline.config import (
     RunConfig,
     TrackingConfig,
     check,
+    check_address,
     check_at_least,
     check_choice,
     check_name,
@@ -263,11 +265,14 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         check(
-            self.storage is None or self.storage.startswith(("sqlite:///", "postgresql")),
+            self.storage is None
+            or bool(re.fullmatch(r"sqlite:///.*[^/.]|postgresql(\+\w+)?://.+", self.storage)),
             "study.storage",
             "null, sqlite:///FILE or postgresql+psycopg://HOST/DATABASE",
             self.storage,
         )
+        if self.storage:
+            check_address("study.storage", self.storage)
 
 
 @dataclass(frozen=True, kw_only=True)

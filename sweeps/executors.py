@@ -8,6 +8,7 @@ moment breaks all of a `ProcessPoolExecutor`, and holds the lock of `pebble`'s c
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -25,6 +26,8 @@ from typing import Any, Self, TypeVar
 T = TypeVar("T")
 
 GRACE = 6.0  # seconds to end a trial that is told to stop, before its worker is killed
+
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 _SPAWN = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork
 
@@ -139,7 +142,10 @@ class _Worker:
 
 def _work(pipe: Connection, warm_up: Callable[[], None]) -> None:
     """The life of a worker: one job after another, until the pipe ends."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    # One that is paused would wake up later and go on to write. (The parent is the thread that
+    # started this process: the main one, or one of the executor's, which outlive their workers.)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_die_with_parent, daemon=True).start()  # it may have ended before
     warm_up()  # until here, SIGTERM ends the process at once
     signal.signal(signal.SIGTERM, _stop)
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):

@@ -141,7 +141,7 @@ def split_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, s
         try:
             override = OverridesParser.create().parse_override(argument)
             is_sweep = not argument.startswith("-") and override.is_sweep_override()
-        except HydraException:  # a flag, or a mistake that Hydra will tell
+        except (HydraException, ValueError, RecursionError):  # a flag, or a mistake told later
             is_sweep = False
         if is_sweep:
             searched[override.key_or_group] = argument.split("=", maxsplit=1)[1]
@@ -222,7 +222,7 @@ def _spelt(value: object) -> str:
 def _parse(name: str, text: str, where: str) -> Override:
     try:
         return OverridesParser.create().parse_override(f"{name}={text}")
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
 
 

@@ -32,7 +32,15 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from pipeline.config import TrackingConfig
-from pipeline.database import alone, create_sqlite, lost_connection, patiently, sqlite_path
+from pipeline.database import (
+    LOCK_TIMEOUT,
+    alone,
+    create_sqlite,
+    lost_connection,
+    patiently,
+    sqlite_path,
+    sqlite_uri,
+)
 from sweeps.config import (
     AshaConfig,
     CmaEsConfig,
@@ -50,8 +58,6 @@ from sweeps.space import Parameter, Space, Values
 IMPORTANT = 2_000  # trials from which importances are told: of 10,000 it takes seconds
 T = TypeVar("T")
 
-LOCK_TIMEOUT = 60  # seconds that a writer waits for another one
-
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
@@ -62,7 +68,7 @@ class HeldError(OSError):
 
 def storage_uri(study: StudyConfig, tracking: TrackingConfig) -> str:
     """Address of the study's database; a local file by its absolute path."""
-    uri = study.storage or f"sqlite:///{Path(tracking.directory).absolute() / 'optuna.db'}"
+    uri = study.storage or sqlite_uri(Path(tracking.directory).absolute() / "optuna.db")
     path = sqlite_path(uri)
     return f"sqlite:///{path}" if path else uri
 

@@ -3,6 +3,7 @@
 import contextlib
 import sqlite3
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ class StoredRun:
 def query(database: Path, sql: str) -> list[tuple[Any, ...]]:
     with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection:
         return connection.execute(sql).fetchall()
+
+
+@contextlib.contextmanager
+def locked(database: Path | None) -> Iterator[None]:
+    """Inside, nobody else can write."""
+    assert database is not None
+    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.rollback()
 
 
 def dump(folder: Path) -> list[str]:

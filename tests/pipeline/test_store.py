@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import sqlite3
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
+from pipeline import database as database_module
 from pipeline import store as store_module
 from pipeline.config import RunConfig
 from pipeline.data import Data, Split, load
@@ -40,7 +43,7 @@ from pipeline.store import (
     search,
 )
 from pipeline.tracking import Run, create_run, log_inputs, start_run
-from tests.stores import query
+from tests.stores import locked, query
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
 
@@ -519,6 +522,51 @@ def test_a_store_without_a_file_has_nothing_to_analyze(
     Store(uri="http://host", experiment_id="1", database=None, directory=Path()).analyze()
 
     assert list(tmp_path.iterdir()) == []
+
+
+# --- waiting for another writer ----------------------------------------------------------
+
+
+def seconds_of_a_refusal(run: Run) -> float:
+    began = time.monotonic()
+    told = f"^{run.store.database} was locked by another process for more than 3 seconds.$"
+    with pytest.raises(MlflowException, match=told):
+        run.log_metrics({"loss": 1.0})
+    return time.monotonic() - began
+
+
+def test_a_run_is_recorded_once_a_lock_is_gone_that_mlflow_would_not_have_waited_for(
+    opened: Store,
+) -> None:
+    run = create_run(opened, "patient", {})
+    writer = threading.Thread(target=run.log_metrics, args=({"loss": 0.5},), daemon=True)
+
+    with locked(opened.database):
+        writer.start()
+        writer.join(23)  # MLflow's own patience ends after 20 seconds
+        waits = writer.is_alive()
+    writer.join(30)
+
+    assert waits
+    assert run.metrics == {"loss": 0.5}
+
+
+def test_after_a_wait_in_vain_all_that_follow_are_as_long_together_until_one_is_not(
+    opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run that cannot be recorded ends in its time."""
+    monkeypatch.setattr(database_module, "LOCK_TIMEOUT", 3)
+    run = create_run(opened, "refused", {})
+
+    with locked(opened.database):
+        first, _, third = (seconds_of_a_refusal(run) for _ in range(3))
+    run.log_metrics({"loss": 0.5})
+    with locked(opened.database):
+        fresh = seconds_of_a_refusal(run)
+
+    assert min(first, fresh) > 2.9
+    assert 0.9 < third < 2.9
+    assert run.metrics == {"loss": 0.5}
 
 
 # --- what the UI shows on top of a run ---------------------------------------------------

@@ -44,6 +44,12 @@ def note_and_sleep(folder: Path) -> None:
     time.sleep(600)
 
 
+def note_and_pause(folder: Path) -> None:
+    note(folder)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    (folder / "woken").touch()
+
+
 def double(number: int) -> int:
     return 2 * number
 
@@ -537,3 +543,17 @@ def test_the_workers_of_a_launcher_that_is_killed_end_within_seconds(
 
         assert len(workers) == 2
         until(lambda: all(is_gone(worker) for worker in workers), seconds=5)
+
+
+def test_a_paused_worker_of_a_launcher_that_is_killed_never_goes_on(tmp_path: Path) -> None:
+    """What it would do next is another worker's by then."""
+    warm_up = "functools.partial(note_and_pause, folder)"
+    with launched(tmp_path, warm_up, workers=1, jobs=0) as launcher:
+        until(lambda: len(noted(tmp_path)) == 1)
+        (worker,) = workers_of(launcher)
+        until(lambda: worker.status() == psutil.STATUS_STOPPED)
+
+        launcher.kill()
+
+        until(lambda: is_gone(worker), seconds=5)
+        assert not (tmp_path / "woken").exists()

@@ -24,6 +24,8 @@ import yaml
 from optuna.trial import TrialState
 
 from pipeline.compose import CONF
+from pipeline.database import LockedError
+from sweeps import study as study_module
 from sweeps.config import PRUNERS, SAMPLERS, PrunerConfig, SamplerConfig, SearchConfig, StudyConfig
 from sweeps.space import Space, Values, build_space
 from sweeps.study import (
@@ -38,11 +40,12 @@ from sweeps.study import (
     open_study,
     storage_uri,
 )
+from tests.stores import locked
 
 Databases = Callable[[], str]
 
 PROCESSES = 4
-ROUNDS = 10
+ROUNDS = 20
 RACES = 20
 TRIALS = 9  # of a sweep, of which a sampler has learned from the fifth on
 SERVERS = ("sqlite", "postgresql")
@@ -157,6 +160,22 @@ def test_a_database_that_another_process_locks_for_a_while_is_waited_for(
     assert 6 < time.monotonic() - began < 20
     assert [told.state for told in study.trials] == [TrialState.COMPLETE]
     process.join()
+
+
+def test_a_database_that_stays_locked_is_told_after_one_wait_also_where_a_trial_is_asked(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna itself would wait five times."""
+    monkeypatch.setattr(study_module, "LOCK_TIMEOUT", 2)
+    study = open_study("sweep", open_storage(uri), ["maximize"])
+    began = time.monotonic()
+
+    with locked(tmp_path / "optuna.db"), pytest.raises(LockedError) as refusal:
+        study.ask()
+
+    assert 1.9 < time.monotonic() - began < 8
+    assert str(refusal.value).startswith(f"{tmp_path / 'optuna.db'} was locked by another process")
+    assert study.ask().number == 0
 
 
 # --- holding a sweep ---------------------------------------------------------------------
