@@ -515,3 +515,18 @@ class PromotionConfig:
         given = [name for name, is_given in asked.items() if is_given]
         if len(given) > 1:
             raise ValueError(f"{given[0]} and {given[1]} exclude each other: give one of them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Which stores are looked at. Defaults: `conf/doctor.yaml`.
+
+    Attributes:
+        fix: Whether to mend what is safe to mend.
+        data: Where the champion's data is now.
+    """
+
+    tracking: TrackingConfig
+    study: StudyConfig
+    data: PlaceConfig
+    fix: bool

@@ -18,6 +18,7 @@ SOURCES = {
 OWNERS = {
     "mlflow": {
         "pipeline/entries.py",
+        "pipeline/outline.py",
         "pipeline/store.py",
         "pipeline/tracking.py",
         "pipeline/registry.py",
@@ -86,7 +87,7 @@ def test_only_the_record_of_a_run_asks_for_all_splits_by_name() -> None:
     [
         ("pipeline.run", (*TRAINING, "mlflow", "optuna")),
         ("sweeps.run", (*TRAINING, "mlflow")),
-        ("sweeps.promote, pipeline.predict, pipeline.repeat", (*TRAINING, "mlflow")),
+        ("sweeps.promote, sweeps.doctor, pipeline.predict, pipeline.repeat", (*TRAINING, "mlflow")),
         # What a launcher needs: its workers alone train.
         ("sweeps.run, sweeps.launcher, sweeps.trial, pipeline.tracking", TRAINING),
     ],

@@ -135,7 +135,7 @@ def test_every_default_is_explained_on_its_line(path: Path) -> None:
         (ROOTS[1], 12),
         *(
             (CONF / f"{name}.yaml", 3)
-            for name in ("leaderboard", "ui", "promote", "predict", "repeat")
+            for name in ("leaderboard", "ui", "promote", "predict", "repeat", "doctor")
         ),
     ],
     ids=str,
