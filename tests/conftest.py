@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -120,32 +121,55 @@ def browser(
     driver.quit()
 
 
+@dataclass(frozen=True)
+class Postgresql:
+    """A real server.
+
+    Attributes:
+        folder: Of all that it has.
+        port: Where it answers.
+        numbers: Of its databases.
+    """
+
+    folder: Path
+    port: int
+    numbers: Iterator[int]
+
+    def program(self, name: str, *arguments: str) -> None:
+        command = ["runuser", "-u", "postgres", "--", str(POSTGRESQL / name), *arguments]
+        subprocess.run(command, check=True, cwd=self.folder, stdout=subprocess.DEVNULL)
+
+    def control(self, *arguments: str) -> None:
+        data, log = str(self.folder / "data"), str(self.folder / "log")
+        options = f"-p {self.port} -h 127.0.0.1 -k {self.folder}"
+        self.program("pg_ctl", "-D", data, "-w", "-l", log, "-o", options, *arguments)
+
+    def new_database(self) -> str:
+        """Creates an empty database and gives its address."""
+        name = f"store{next(self.numbers)}"
+        self.program("createdb", "-h", "127.0.0.1", "-p", str(self.port), name)
+        return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/{name}"
+
+
 @pytest.fixture(scope="session")
-def new_database(need: Callable[[object, str], None]) -> Iterator[Callable[[], str]]:
-    """Creates an empty database on a real PostgreSQL server and gives its address."""
+def postgresql(need: Callable[[object, str], None]) -> Iterator[Postgresql]:
     need(POSTGRESQL.exists() and os.geteuid() == 0, "PostgreSQL 15's programs, and root to be it")
     folder = Path(tempfile.mkdtemp())  # not pytest's own, which is root's alone
     shutil.chown(folder, "postgres")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    numbers = itertools.count()
-
-    def program(*arguments: str) -> None:
-        command = ["runuser", "-u", "postgres", "--", *arguments]
-        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
-
-    def new_database() -> str:
-        name = f"store{next(numbers)}"
-        program(f"{POSTGRESQL}/createdb", "-h", "127.0.0.1", "-p", str(port), name)
-        return f"postgresql+psycopg://postgres@127.0.0.1:{port}/{name}"
-
-    program(f"{POSTGRESQL}/initdb", "-D", f"{folder}/data", "--auth=trust")
-    options = f"-p {port} -h 127.0.0.1 -k {folder}"
-    server = [f"{POSTGRESQL}/pg_ctl", "-D", f"{folder}/data", "-w"]
-    program(*server, "-l", f"{folder}/log", "-o", options, "start")
+    server = Postgresql(folder, port, itertools.count())
+    server.program("initdb", "-D", f"{folder}/data", "--auth=trust")
+    server.control("start")
     try:
-        yield new_database
+        yield server
     finally:
-        program(*server, "-m", "immediate", "stop")
+        server.control("-m", "immediate", "stop")
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def new_database(postgresql: Postgresql) -> Callable[[], str]:
+    """Creates an empty database on a real PostgreSQL server and gives its address."""
+    return postgresql.new_database

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,13 +20,17 @@ STEP = 0.01  # seconds between two looks
 
 
 def run(
-    *arguments: str, folder: Path, command: list[str] = SWEEP, timeout: float = 180
+    *arguments: str,
+    folder: Path,
+    command: list[str] = SWEEP,
+    timeout: float = 180,
+    environment: Mapping[str, str] = ENVIRONMENT,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of this repository to its end."""
     return subprocess.run(
         [*command, *arguments],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -44,11 +48,13 @@ def wait_until(holds: Callable[[], object], *, limit: float = 120) -> None:
 class Started:
     """A command under way; what it writes is collected. Killed when a test fails meanwhile."""
 
-    def __init__(self, *command: str, folder: Path) -> None:
+    def __init__(
+        self, *command: str, folder: Path, environment: Mapping[str, str] = ENVIRONMENT
+    ) -> None:
         self.process = subprocess.Popen(
             command,
             cwd=folder,
-            env=ENVIRONMENT,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
