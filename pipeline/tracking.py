@@ -152,7 +152,12 @@ class Run:
         """Ends the run as FINISHED, KILLED or FAILED; one that ended before ends anew."""
         if error:
             self.set_tags({"error": error})
-        self.tell({"kind": "end", "status": status, "time": _now()})
+        self.tell(_ending(status))
+
+    def end_later(self, status: str) -> None:
+        """Leaves the end to the next process that opens the store, which does not take it now."""
+        with suppress(OSError):  # where there is no room for that either, the doctor ends it
+            self.spool.add(_ending(status), self._about)
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Records metrics of an epoch, or with step 0 of the whole run, in one synchronous call."""
@@ -564,10 +569,12 @@ def _end(run: Run, status: str, failure: Exception | None, note: Callable[..., s
         try:
             _record_end(run, status, failure, note)
         except Exception as error:
+            run.end_later("FAILED" if status == "FINISHED" else status)
             log.error("run %s is left without an end: %s", run.run_id, without_password(str(error)))
             if status == "FINISHED":
                 raise
-    run.catch_up(at_once=True)
+    else:
+        run.catch_up(at_once=True)
 
 
 def _record_end(run: Run, status: str, failure: Exception | None, note: Callable[..., str]) -> None:
@@ -584,6 +591,10 @@ def _record_end(run: Run, status: str, failure: Exception | None, note: Callable
         lines = "".join(traceback.format_exception(failure))
         with suppress(Exception):  # the reason is recorded; the disk may be full
             run.log_text(without_password(lines), "traceback.txt")
+
+
+def _ending(status: str) -> Entry:
+    return {"kind": "end", "status": status, "time": _now()}
 
 
 def _now() -> int:
