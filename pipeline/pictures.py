@@ -124,6 +124,7 @@ def prepare(path: Path, frame: Frame, style: Style) -> Prepared:
 def _picture(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage that the digit may survive, as to EXIF data
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with path.open("rb") as file, Image.open(file, formats=FORMATS) as picture:
                 yield picture

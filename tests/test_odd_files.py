@@ -417,6 +417,14 @@ def pictures(draw: st.DrawFn) -> bytes:
     return stream.getvalue()
 
 
+def photo(exif: bytes) -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (9, 9)).save(stream, "JPEG", exif=b"Exif\0\0" + exif)
+    return stream.getvalue()
+
+
+# One tag, the orientation, that has 4,096 values in a file of a few hundred bytes.
+LONG_TAG = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\x10\0\0\0\0\0"
 PICTURES = st.one_of(
     pictures(),
     pictures().flatmap(damaged),
@@ -436,6 +444,7 @@ PICTURES = st.one_of(
 
 @fuzzed(150)
 @given(content=PICTURES, side=st.sampled_from([1, 8, 28]))
+@example(content=photo(LONG_TAG), side=8)
 def test_an_odd_picture_is_prepared_or_refused_by_name_and_stays_as_it_is(
     content: bytes, side: int, scratch: Path
 ) -> None:
