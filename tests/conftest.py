@@ -23,6 +23,7 @@ from tests.launching import run
 from tests.served import CHROMIUM, DRIVER, open_browser
 
 POSTGRESQL = Path("/usr/lib/postgresql/15/bin")
+GUARDED = "guarded"  # role whose members the server asks for their password
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -161,8 +162,12 @@ def postgresql(need: Callable[[object, str], None]) -> Iterator[Postgresql]:
         port = free.getsockname()[1]
     server = Postgresql(folder, port, itertools.count())
     server.program("initdb", "-D", f"{folder}/data", "--auth=trust")
+    rules = folder / "data" / "pg_hba.conf"  # of which the first that fits is the one that holds
+    asked = f"host all +{GUARDED} 127.0.0.1/32 scram-sha-256\n"
+    rules.write_text(asked + rules.read_text(encoding="utf-8"), encoding="utf-8")
     server.control("start")
     try:
+        server.program("createuser", "-h", "127.0.0.1", "-p", str(port), GUARDED)
         yield server
     finally:
         server.control("-m", "immediate", "stop")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -190,6 +191,18 @@ def test_the_ui_shows_the_figures_inline(page: str, browser: WebDriver, name: st
 
     WebDriverWait(browser, 60).until(lambda driver: width(driver) > 200)
     assert sees(browser, f"{name}.png")
+
+
+def test_the_ui_and_all_it_starts_listen_on_this_machine_alone(served: Served) -> None:
+    processes = psutil.Process(served.process.pid).children(recursive=True)
+    listening = [
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+    assert set(listening) == {"127.0.0.1"}
 
 
 def test_the_ui_lists_the_runs_of_the_experiment(page: str, browser: WebDriver) -> None:

@@ -4,7 +4,6 @@ import re
 import shlex
 import signal
 import sqlite3
-import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from typing import Any
 import pytest
 import sqlalchemy
 
-from tests.conftest import POSTGRESQL
 from tests.launching import OnTerminal, Started, run, wait_until, without_escapes
+from tests.passwords import dump, forms, guard, holding
 from tests.promotions import PROMOTE, TINY, registry
 from tests.stores import query, seconds_until_quiet
 
@@ -252,7 +251,7 @@ def test_nothing_is_left_under_way(story: Story) -> None:
 
 # --- PostgreSQL --------------------------------------------------------------------------
 
-SECRET = "hush-7f3a"  # which a server that trusts takes
+RUNS, STUDIES = "hush7f3a@:/ é", "mute9c1e'%&"
 MANY = [FREE] * 200  # a command line that a model card has no room for
 
 
@@ -276,7 +275,7 @@ class Remote:
 def remote(new_database: Callable[[], str], tmp_path_factory: pytest.TempPathFactory) -> Remote:
     folder = tmp_path_factory.mktemp("remote")
     uri, studies = new_database(), new_database()
-    secret, storage = (each.replace("postgres@", f"postgres:{SECRET}@") for each in (uri, studies))
+    secret, storage = guard(uri, "clara", RUNS), guard(studies, "dora", STUDIES)
     swept = run(
         *TINY,
         *FIXED,
@@ -336,21 +335,15 @@ def test_a_rollback_on_postgresql_takes_the_only_move_back_that_has_one_before(
     assert aliases == [(1,)]
 
 
-def test_a_password_is_in_no_table_no_file_and_no_output(remote: Remote) -> None:
+@pytest.mark.parametrize("password", [RUNS, STUDIES])
+def test_a_password_is_in_no_table_no_file_and_no_output(remote: Remote, password: str) -> None:
     dumped = dump(remote.uri) + dump(remote.studies)
     files = [path for path in remote.folder.rglob("*") if path.is_file()]
+    texts = [text.encode() for text in (dumped, *remote.texts)]
 
     assert "promotion.model" in dumped
-    assert "postgres:***@127.0.0.1" in dumped
-    assert SECRET not in dumped
+    assert "clara:***@127.0.0.1" in dumped
+    assert "dora:***@127.0.0.1" in dumped
     assert len(files) > 20
-    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
-    assert [text for text in remote.texts if SECRET in text] == []
-
-
-def dump(uri: str) -> str:
-    """All that a database on the server holds."""
-    url = sqlalchemy.make_url(uri)
-    address = ["-h", "127.0.0.1", "-p", str(url.port), "-U", "postgres", str(url.database)]
-    command = [str(POSTGRESQL / "pg_dump"), *address]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert holding(remote.folder, password) == []
+    assert [text for text in texts if any(form in text for form in forms(password))] == []

@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -559,6 +560,38 @@ def test_a_model_with_code_in_it_is_refused_and_nothing_is_executed(
     assert not executed.exists()
     assert str(refused.value).startswith(saved.uri)
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", [load_model, load_served])
+def test_a_model_that_would_call_a_function_of_keras_is_refused(
+    saved: Saved, how: Callable[[str], object]
+) -> None:
+    """What Keras 3.15.1 loads in safe mode, and calls `keras.config.set_floatx('float64')`."""
+    images = keras.Input((8, 8))
+    network = keras.Model(images, keras.layers.Dense(10)(keras.layers.Flatten()(images)))
+    path = saved.files / "data" / "model.keras"
+    network.save(path)
+    with zipfile.ZipFile(path) as archive:
+        files: dict[str, bytes | str] = {each: archive.read(each) for each in archive.namelist()}
+    description = json.loads(files["config.json"])
+    function = {"module": "keras.config", "class_name": "function", "config": "set_floatx"}
+    call = {
+        "module": "keras.src.ops.core",
+        "class_name": "Switch",
+        "name": "call",
+        "config": {"name": "call"},
+        "inbound_nodes": [{"args": [0, [function], "float64"], "kwargs": {}}],
+    }
+    description["config"]["layers"].insert(1, call)
+    files["config.json"] = json.dumps(description)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+    with pytest.raises(RefusedModelError, match=r"keras\S* is no part of a network of ours\.$"):
+        how(saved.uri)
+
+    assert keras.config.floatx() == "float32"
 
 
 def test_the_lambda_layer_would_have_been_executed(saved: Saved, tmp_path: Path) -> None:
