@@ -11,8 +11,8 @@ from rich.table import Table
 
 from pipeline import fast_imports
 from pipeline.compose import run_cli
-from pipeline.config import without_password
-from pipeline.database import sqlite_path
+from pipeline.config import printable, without_password
+from pipeline.database import sqlite_path, sqlite_uri
 from sweeps.config import DoctorConfig
 from sweeps.display import open_console
 from sweeps.doctor_champion import check_champions
@@ -164,7 +164,7 @@ def main(config: DoctorConfig, overrides: list[str]) -> None:
     with fast_imports():
         from pipeline.store import connect
     database = Path(config.tracking.directory).absolute() / "mlflow.db"
-    uri = config.tracking.uri or f"sqlite:///{database}"
+    uri = config.tracking.uri or sqlite_uri(database)
     if (path := sqlite_path(uri)) and not path.exists():
         connect(config.tracking)  # says so
     stores = Stores(
@@ -195,13 +195,17 @@ def show(report: Report) -> None:
     lines = [(name, finding) for name, found in report.items() for finding in found]
     for name, finding in lines:
         style = {WRONG: "bold red", MENDED: "green", NOTE: "yellow"}.get(finding.state)
-        table.add_row(name, finding.state, without_password(finding.text), style=style)
+        table.add_row(name, finding.state, _shown(finding.text), style=style)
     console.print(table)
     todo = dict.fromkeys(f"{name}: {finding.todo}" for name, finding in lines if finding.todo)
     if todo:
         console.print()
     for line in todo:  # outside the table, in which a terminal would break them
-        console.print(without_password(line))
+        console.print(_shown(line))
+
+
+def _shown(text: str) -> str:
+    return printable(without_password(text))
 
 
 def verdict(report: Report, *, fix: bool) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
 
+from pipeline.config import printable
 from sweeps.finding import (
     PARENT,
     Check,
@@ -102,12 +103,16 @@ def _are(things: Sequence[object]) -> str:
     return "is" if len(things) == 1 else "are"
 
 
+def is_trial(run: Outline) -> bool:
+    return run.tags.get("trial", "").isdecimal()
+
+
 def _named(runs: Sequence[Outline]) -> str:
     """Runs of one sweep, of one promotion, or a single one."""
     tags = runs[0].tags
     what = "run" if len(runs) == 1 else "runs"
     if "sweep" in tags:
-        numbers = [int(run.tags["trial"]) for run in runs if "trial" in run.tags]
+        numbers = [int(run.tags["trial"]) for run in runs if is_trial(run)]
         named = [
             *(["its own run"] if len(numbers) < len(runs) else []),
             *([f"the run of {trials(numbers)}"] if numbers else []),
@@ -155,8 +160,8 @@ def end(
 def _is_as_before(run: Outline) -> bool:
     from pipeline.store import read_run
 
-    now = read_run(run.run_id)
-    return (now.status, now.tags.get("owner")) == (run.status, run.tags.get("owner"))
+    now, owner = read_run(run.run_id), printable(run.tags.get("owner", ""))
+    return (now.status, now.tags.get("owner", "")) == (run.status, owner)
 
 
 def _unseen(stores: Stores, run: Outline) -> Finding:

@@ -53,9 +53,8 @@ def sqlite_findings(path: Path, table: str) -> Iterator[Finding]:
         ) as database:
             names = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
             if table not in names:
-                yield wrong(
-                    f"{short_path(path)} has no table {table}: it is empty, or something else"
-                )
+                shown = short_path(path)
+                yield wrong(f"{shown} is empty, or something else: it has no table {table}")
                 return
             found = [text for (text,) in database.execute("PRAGMA integrity_check(3)")]
             if found != ["ok"]:

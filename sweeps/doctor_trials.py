@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.pages import store_command
-from sweeps.doctor_runs import STATUS, end, title
+from sweeps.doctor_runs import STATUS, end, is_trial, title
 from sweeps.finding import (
     PARENT,
     Check,
@@ -136,7 +136,7 @@ def _find_others(pairs: Pairs, stores: Stores, study: StudyRecord, parent: Outli
     for run in stores.runs.values():
         if (
             run.tags.get(PARENT) == parent.run_id
-            and "trial" in run.tags
+            and is_trial(run)
             and not run.is_deleted
             and run.run_id not in claimed
         ):

@@ -14,7 +14,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import FrozenTrial
 
-from pipeline.config import PlaceConfig, TrackingConfig
+from pipeline.config import PlaceConfig, TrackingConfig, check_name
 from pipeline.database import sqlite_path
 from sweeps.study import HeldError, hold, open_storage
 from sweeps.trial import METRICS
@@ -151,9 +151,9 @@ class Stores:
 
     def lock_of(self, tags: Mapping[str, str]) -> tuple[str, str, str] | None:
         """Name, address and work of what is held while a run with these tags has an owner."""
-        if "sweep" in tags:
+        if _is_name(tags.get("sweep", "")):
             return tags["sweep"], self.storage, "sweep"
-        if "promotion.model" in tags:
+        if _is_name(tags.get("promotion.model", "")):
             from pipeline.registry import lock_uri
 
             return tags["promotion.model"], lock_uri(self.uri, self.tracking), "promotion"
@@ -181,6 +181,15 @@ class Stores:
             if lock := self.lock_of(tags):
                 stack.enter_context(hold(*lock))
             yield
+
+
+def _is_name(text: str) -> bool:
+    """Whether it may become a path: a tag may have been set by anyone."""
+    try:
+        check_name("name", text)
+    except ValueError:
+        return False
+    return True
 
 
 def _may_be_held(name: str, uri: str, work: str) -> bool:

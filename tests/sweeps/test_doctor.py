@@ -369,6 +369,18 @@ def test_the_runs_of_a_sweep_are_owned_by_its_launcher_wherever_its_lock_is(
     assert child.status == "RUNNING"
 
 
+def test_what_others_wrote_into_tags_becomes_no_path_and_no_escape(folder: Path, dead: str) -> None:
+    odd = running(folder, dead, sweep="../../escaped\x1b[31m", kind="sweep", trial="first")
+    before = files_of(folder.parent)
+
+    mended = fix(folder)
+
+    assert len(mended.of("mended")["runs"]) == 1
+    assert (odd.status, visit(folder).error) == ("KILLED", "")
+    assert "\x1b" not in mended.text
+    assert files_of(folder.parent) == before
+
+
 # --- trials and their runs ---------------------------------------------------------------
 
 
