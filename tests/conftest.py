@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from selenium.webdriver.remote.webdriver import WebDriver
 
+from pipeline import fast_imports
 from pipeline.compose import CONF, to_config
 from pipeline.config import RunConfig
 from tests.launching import run
@@ -24,6 +25,15 @@ from tests.served import CHROMIUM, DRIVER, open_browser
 
 POSTGRESQL = Path("/usr/lib/postgresql/15/bin")
 GUARDED = "guarded"  # role whose members the server asks for their password
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The tests import what the commands do, and as they do: without garbage collection."""
+    with fast_imports():
+        import hypothesis  # noqa: F401  # asks the collector, which later does not know of trio
+
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
