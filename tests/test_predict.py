@@ -4,11 +4,12 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
@@ -19,22 +20,25 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline import registry
+from pipeline.config import RunConfig
+from pipeline.run import execute_run
 from pipeline.store import search
 from tests.launching import ENVIRONMENT, ROOT, run, wait_until
 from tests.served import free_port
 
 PREDICT = [sys.executable, "-m", "pipeline.predict"]
-RUN = [sys.executable, "-m", "pipeline.run"]
 IMAGES = load_digits().images[:40].astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, configure: Callable[..., RunConfig], tensorflow: None
+) -> Path:
     """Where a model was trained and promoted, with images and the predictions of them."""
     folder = tmp_path_factory.mktemp("promoted")
     settings = ("data=digits", "training.epochs=8", "tracking.figures=false", "evaluate_test=false")
-    done = run(*settings, folder=folder, command=RUN)
-    assert done.returncode == 0, done.stderr
+    config = configure(*settings, f"tracking.directory={folder / 'mlruns'}")
+    execute_run(config, shlex.join(["python", "-m", "pipeline.run", *settings]))
     promote(folder)
     np.savez(folder / "images.npz", images=IMAGES)
     large = Image.fromarray(IMAGES[0] * 15).resize((300, 300), Image.Resampling.BICUBIC)
