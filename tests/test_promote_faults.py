@@ -15,13 +15,14 @@ import sqlalchemy
 
 from tests.launching import OnTerminal, Started, run, wait_until, without_escapes
 from tests.passwords import dump, forms, guard, holding
-from tests.promotions import PROMOTE, TINY, registry
+from tests.promotions import PROMOTE, TINY, Bench, registry
 from tests.stores import query, seconds_until_quiet
 
 FREE = "promote.floor=0"
 WORKER = "executor.workers=1"
 FIXED = ["model.dropout_rate=0", "optimizer.learning_rate=0.005", "sampler=random", "pruner=none"]
 EPOCHS = 60
+LONG = [*FIXED[:2], f"training.epochs={EPOCHS}", "training.early_stopping_patience=null"]
 
 
 def epoch_of(folder: Path, seed: int) -> int:
@@ -111,21 +112,10 @@ def left(started: Started, folder: Path) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+def story(tmp_path_factory: pytest.TempPathFactory, tensorflow: None) -> Story:
     folder = tmp_path_factory.mktemp("broken")
     database = folder / "mlruns" / "mlflow.db"
-    long = [f"training.epochs={EPOCHS}", "training.early_stopping_patience=null"]
-    swept = run(
-        *TINY,
-        *FIXED,
-        *long,
-        "model.hidden_units=choice(8, 9)",
-        "sweep.trials=1",
-        "sweep.name=slow",
-        WORKER,
-        folder=folder,
-    )
-    assert swept.returncode == 0, swept.stderr
+    Bench(folder).sweep("slow", ("model.hidden_units=8", *LONG))
     command = [*PROMOTE, "sweep.name=slow", "promote.seeds=[1001, 1002]", FREE, WORKER]
 
     with Started(*command, folder=folder) as first:
