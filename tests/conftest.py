@@ -1,21 +1,27 @@
 """What several test modules share."""
 
+import functools
 import itertools
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from sqlite3 import Connection
+from typing import cast
 
 import pytest
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from selenium.webdriver.remote.webdriver import WebDriver
+from sqlalchemy import Engine, StaticPool, create_engine
 
 from pipeline import fast_imports
 from pipeline.compose import CONF, to_config
@@ -45,6 +51,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def interruptible() -> None:
     """Ctrl-C reaches the tests and what they start, also where a shell's `&` had it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables_once() -> Iterator[None]:
+    """MLflow makes the tables of one SQLite database here: 50 migrations, which take a second.
+
+    Those of other databases are copied from it. A process of its own makes its own, as ever.
+    """
+    utils = sys.modules.get("mlflow.store.db.utils")
+    if utils is None:  # none of the tests that were chosen has a store
+        yield
+        return
+    create: Callable[[Engine], None] = utils._initialize_tables
+
+    @functools.cache
+    def empty() -> Engine:
+        engine = create_engine("sqlite://", poolclass=StaticPool)
+        create(engine)
+        return engine
+
+    def copy_tables(engine: Engine) -> None:
+        if engine.dialect.name != "sqlite":
+            create(engine)
+            return
+        with closing(empty().raw_connection()) as source, closing(engine.raw_connection()) as new:
+            cast(Connection, source.driver_connection).backup(
+                cast(Connection, new.driver_connection)
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_initialize_tables", copy_tables)
+        yield
 
 
 @pytest.fixture(scope="session")
