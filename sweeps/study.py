@@ -34,6 +34,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from pipeline.config import TrackingConfig
 from pipeline.database import (
     LOCK_TIMEOUT,
+    AwayError,
     alone,
     create_sqlite,
     lost_connection,
@@ -97,10 +98,13 @@ class _PatientStorage(BaseStorage):
         self._inner = self._wait(lambda: get_storage(open_storage(uri)))
 
     def _wait(self, call: Callable[[], T]) -> T:
-        seconds, self._seconds = self._seconds, 0.0  # once in vain, it waits no more
-        found = patiently(call, lost_connection, self._uri, seconds=seconds, stop=self._stop)
-        self._seconds = seconds
-        return found
+        try:
+            return patiently(
+                call, lost_connection, self._uri, seconds=self._seconds, stop=self._stop
+            )
+        except AwayError:
+            self._seconds = 0.0  # once in vain, it waits no more
+            raise
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
