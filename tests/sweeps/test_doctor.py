@@ -263,7 +263,7 @@ def test_what_a_dead_process_could_not_tell_is_told(folder: Path, dead: str) -> 
     assert not spool.exists()
 
 
-@pytest.mark.parametrize("owner", [me(), "elsewhere 1 1"])
+@pytest.mark.parametrize("owner", [me(), "elsewhere 1 1"], ids=["alive", "elsewhere"])
 def test_what_a_process_that_may_live_is_to_tell_is_left_to_it(owner: str, folder: Path) -> None:
     spool = spooled(folder, owner)
     before = dump(folder)
@@ -321,6 +321,7 @@ def test_a_run_whose_process_is_gone_is_ended(folder: Path, dead: str) -> None:
 @pytest.mark.parametrize(
     ("owner", "noted"),
     [(me(), 0), ("elsewhere 12 1700000000", 1), ("of an older version", 1)],
+    ids=["alive", "elsewhere", "older"],
 )
 def test_a_run_whose_process_lives_or_is_not_seen_is_left_alone(
     owner: str, noted: int, folder: Path
