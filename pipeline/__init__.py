@@ -28,7 +28,7 @@ _make_record = logging.getLogRecordFactory()
 def _without_password(*arguments: Any, **named: Any) -> logging.LogRecord:
     """What any library logs: some name the address of a server or database, whole."""
     record = _make_record(*arguments, **named)
-    with suppress(TypeError, ValueError):  # of arguments that do not fit: logging says so itself
+    with suppress(Exception):  # of arguments that do not fit: logging says so itself
         record.msg, record.args = without_password(record.getMessage()), None
     if record.exc_info:
         text = logging.Formatter().formatException(record.exc_info)

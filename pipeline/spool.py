@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,16 @@ class Spool:
         Raises:
             OSError: It cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if source is not None:
-            entry = {**entry, FILE: self._keep(source)}
-        _replace(self.folder / "run.json", json.dumps({**about, "owner": me()}))
-        self._cut()
-        with self._journal.open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(entry) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        with self.lock():  # or who replays it would forget this entry with those it told
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if source is not None:
+                entry = {**entry, FILE: self._keep(source)}
+            _replace(self.folder / "run.json", json.dumps({**about, "owner": me()}))
+            self._cut()
+            with self._journal.open("a", encoding="utf-8") as journal:
+                journal.write(json.dumps(entry) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
 
     def path_of(self, entry: Entry) -> Path | None:
         """The file or folder that belongs to an entry."""
@@ -88,9 +90,15 @@ class Spool:
             self._journal.unlink()
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def lock(self) -> FileLock:
-        """Held by who replays it."""
-        return FileLock(self.folder / ".lock")
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by who replays it, and by who adds to it; beside the folder, which comes and goes."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder.with_suffix(".lock"))
+        with lock:
+            yield
+            if self.is_empty:
+                Path(lock.lock_file).unlink(missing_ok=True)
 
     @property
     def _journal(self) -> Path:

@@ -160,8 +160,10 @@ def _connecting(uri: str) -> Iterator[None]:
 # --- stores that are away ----------------------------------------------------------------
 
 _IMPATIENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds: with its repetition below 15
+    # None: what creates a run or a model, repeated, creates two. The spool repeats it in order.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds: with what cleans up after it, below 15
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # of a proxy that asks for minutes
 }
 # What MLflow raises of a request that is not answered, or with an error that may pass.
 _UNANSWERED = re.compile(
@@ -205,7 +207,8 @@ def _is_unanswered(error: BaseException) -> bool:
         case requests.HTTPError(response=requests.Response(status_code=status)):
             return status >= 500
         case RestException():
-            return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+            # Of an answer without a code (404, 401: not MLflow's own), it says INTERNAL_ERROR.
+            return error.json.get("error_code") in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
         case MlflowException():
             return bool(_UNANSWERED.match(str(error)))
     return False

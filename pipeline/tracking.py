@@ -260,13 +260,9 @@ class Run:
         spooled = {each[0]: each[1] for entry in entries for each in entry["metrics"]}
         if "epoch" in spooled:
             return spooled
-        try:
-            with impatient():
-                return self.metrics | spooled
-        except Exception as error:
-            if not is_away(error, self.store.uri):
-                raise
-            return spooled
+        with self._noting_absence(), impatient():
+            return self.metrics | spooled
+        return spooled
 
     # --- between runs --------------------------------------------------------------------
 
@@ -354,6 +350,8 @@ def replay_left(store: Store) -> None:
             if spool.is_left and (count := replay(spool, store.uri)):
                 log.info("told the tracking store %d things of run %s", count, spool.folder.name)
         except Exception as error:  # of another store, or refused: the doctor tells
+            if spool.is_empty:  # another process has told it meanwhile
+                continue
             log.warning("%s: %s", spool.folder, without_password(" ".join(str(error).split())))
 
 
@@ -574,7 +572,13 @@ def _end(run: Run, status: str, failure: Exception | None, note: Callable[..., s
             if status == "FINISHED":
                 raise
     else:
-        run.catch_up(at_once=True)
+        try:
+            # One that is told to stop has no time; others tell what it leaves.
+            run.catch_up(at_once=status != "KILLED")
+        except Exception as error:
+            log.error("run %s: the store refuses: %s", run.run_id, without_password(str(error)))
+            if status == "FINISHED":  # else how it ended is what the caller must know
+                raise
 
 
 def _record_end(run: Run, status: str, failure: Exception | None, note: Callable[..., str]) -> None:

@@ -57,6 +57,8 @@ def check_spool(stores: Stores) -> Check:
             run = f"run {about['name']} ({about['run_id']})"
             other = about["uri"] if about["uri"] != without_password(stores.uri) else ""
         except (OSError, ValueError, KeyError) as error:
+            if spool.is_empty:  # its owner has told it meanwhile
+                continue
             yield wrong(
                 f"{short_path(spool.folder)} cannot be read: {reason(error)}", "move it away"
             )

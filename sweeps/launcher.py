@@ -127,9 +127,12 @@ class Launcher:
             except AwayError as error:
                 self.broken = str(error)
             self.land()
-        self.record()
-        self.end(waiting)
-        self.study.set_user_attr("seconds", self.seconds())
+        try:
+            self.record()
+            self.end(waiting)
+            self.study.set_user_attr("seconds", self.seconds())
+        except AwayError as error:  # a signal, or what broke before, is still the reason
+            self.broken = self.broken or str(error)
 
     def fly(self, waiting: list[tuple[Trial, Values]]) -> None:
         """The loop.
@@ -202,8 +205,14 @@ class Launcher:
         Args:
             waiting: Trials for which no time or budget was left; they are gone on with later.
         """
+        from pipeline.store import is_away
+
         for trial, values in waiting:
-            self.run_of(trial, values).end("KILLED")
+            try:
+                self.run_of(trial, values).end("KILLED")
+            except Exception as error:  # who goes on with the sweep reopens its run
+                if not is_away(error, self.parent.store.uri):
+                    raise
         if self.broken or self.received:
             return
         for frozen in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
@@ -218,11 +227,15 @@ class Launcher:
         Raises:
             AwayError: It is away, for longer than there is patience.
         """
+        for run in [*self.behind.values(), self.parent]:
+            self.replay(run)
+            self.behind.pop(run.run_id, None)
+
+    def replay(self, run: Run) -> None:
+        """Waits until the store knows all of a run, of which the spool may have the end."""
         from pipeline.tracking import replay
 
-        for run in [*self.behind.values(), self.parent]:
-            self.patiently(partial(replay, run.spool, run.store.uri))
-            self.behind.pop(run.run_id, None)
+        self.patiently(partial(replay, run.spool, run.store.uri))
 
     def record(self) -> None:
         """Records how far the sweep is, where that changed: while the workers are busy."""
@@ -276,7 +289,7 @@ class Launcher:
             trial, values = self.asker.adopt(frozen)
             self.asked.add(trial.number)
             run = self.run_of(trial, values)
-            run.catch_up(at_once=True)
+            self.replay(run)
             if outcome := self.recorded_outcome(run):
                 self.tell(trial, run, outcome, seconds=run.metrics["fit_seconds"])
             else:
@@ -399,7 +412,7 @@ class Launcher:
         number, run = flight.trial.number, flight.run
         if self.must_stop():
             return Outcome(state="STOPPED")
-        run.catch_up(at_once=True)
+        self.replay(run)
         if outcome := self.patiently(partial(self.recorded_outcome, run)):
             return outcome
         deaths = flight.trial.user_attrs.get("deaths", 0) + 1

@@ -109,12 +109,16 @@ class _PatientStorage(BaseStorage):
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
-        """Of an answer that was lost with the connection, the second try says that it was told."""
+        """Of an answer that was lost with the connection, the second try says that it was told.
+
+        Likewise of a trial that waited, which this process alone takes up: it has it already.
+        """
         lost: list[Exception] = []
 
         def tell() -> bool:
             try:
-                return self._inner.set_trial_state_values(trial_id, state, values)
+                did = self._inner.set_trial_state_values(trial_id, state, values)
+                return did or bool(lost)
             except UpdateFinishedTrialError:
                 if not lost:
                     raise
