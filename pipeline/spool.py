@@ -92,7 +92,7 @@ class Spool:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held by who replays it, and by who adds to it; beside the folder, which comes and goes."""
+        """Held by who replays it or adds to it; beside the folder, which comes and goes."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder.with_suffix(".lock"))
         with lock:
