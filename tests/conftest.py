@@ -1,17 +1,11 @@
 """What several test modules share."""
 
 import functools
-import itertools
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Connection
 from typing import cast
@@ -28,9 +22,7 @@ from pipeline.compose import CONF, to_config
 from pipeline.config import RunConfig
 from tests.launching import run
 from tests.served import CHROMIUM, DRIVER, open_browser
-
-POSTGRESQL = Path("/usr/lib/postgresql/15/bin")
-GUARDED = "guarded"  # role whose members the server asks for their password
+from tests.servers import POSTGRESQL, Postgresql
 
 
 @pytest.hookimpl(wrapper=True)
@@ -170,56 +162,11 @@ def browser(
     driver.quit()
 
 
-@dataclass(frozen=True)
-class Postgresql:
-    """A real server.
-
-    Attributes:
-        folder: Of all that it has.
-        port: Where it answers.
-        numbers: Of its databases.
-    """
-
-    folder: Path
-    port: int
-    numbers: Iterator[int]
-
-    def program(self, name: str, *arguments: str) -> None:
-        command = ["runuser", "-u", "postgres", "--", str(POSTGRESQL / name), *arguments]
-        subprocess.run(command, check=True, cwd=self.folder, stdout=subprocess.DEVNULL)
-
-    def control(self, *arguments: str) -> None:
-        data, log = str(self.folder / "data"), str(self.folder / "log")
-        options = f"-p {self.port} -h 127.0.0.1 -k {self.folder}"
-        self.program("pg_ctl", "-D", data, "-w", "-l", log, "-o", options, *arguments)
-
-    def new_database(self) -> str:
-        """Creates an empty database and gives its address."""
-        name = f"store{next(self.numbers)}"
-        self.program("createdb", "-h", "127.0.0.1", "-p", str(self.port), name)
-        return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/{name}"
-
-
 @pytest.fixture(scope="session")
 def postgresql(need: Callable[[object, str], None]) -> Iterator[Postgresql]:
     need(POSTGRESQL.exists() and os.geteuid() == 0, "PostgreSQL 15's programs, and root to be it")
-    folder = Path(tempfile.mkdtemp())  # not pytest's own, which is root's alone
-    shutil.chown(folder, "postgres")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = Postgresql(folder, port, itertools.count())
-    server.program("initdb", "-D", f"{folder}/data", "--auth=trust")
-    rules = folder / "data" / "pg_hba.conf"  # of which the first that fits is the one that holds
-    asked = f"host all +{GUARDED} 127.0.0.1/32 scram-sha-256\n"
-    rules.write_text(asked + rules.read_text(encoding="utf-8"), encoding="utf-8")
-    server.control("start")
-    try:
-        server.program("createuser", "-h", "127.0.0.1", "-p", str(port), GUARDED)
+    with Postgresql() as server:
         yield server
-    finally:
-        server.control("-m", "immediate", "stop")
-        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

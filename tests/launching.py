@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,7 +22,7 @@ STEP = 0.01  # seconds between two looks
 def run(
     *arguments: str,
     folder: Path,
-    command: list[str] = SWEEP,
+    command: Sequence[str] = SWEEP,
     timeout: float = 180,
     environment: Mapping[str, str] = ENVIRONMENT,
 ) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import sqlalchemy
 
-from tests.conftest import GUARDED, POSTGRESQL
+from tests.servers import GUARDED, POSTGRESQL
 
 _PACKED = re.compile(r"deflate;([A-Za-z0-9+/=]+)")  # views of MLflow's UI, in its tags
 

@@ -1,4 +1,4 @@
-"""What a sweep left in its stores, and what must hold there whatever happened on the way."""
+"""What a sweep left in its stores."""
 
 import contextlib
 import sqlite3
@@ -6,31 +6,64 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import optuna
 import psutil
-from optuna.trial import FrozenTrial, TrialState
-
-# How a run ends whose trial ends so.
-RUN_STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
-READY = 2  # of a logged model, in MLflow's database
+import sqlalchemy
+from optuna.trial import FrozenTrial
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRun:
-    """A run, as MLflow's database has it."""
+    """A run, as MLflow's database has it.
+
+    Attributes:
+        run_id: In MLflow.
+        status: RUNNING, FINISHED, KILLED or FAILED.
+        tags: All of them.
+        metrics: The last value of each.
+        models: Status of each that it has logged.
+        accuracies: Epoch and `val_accuracy`, as often as they are recorded, in order.
+    """
 
     run_id: str
     status: str
     tags: dict[str, str]
     metrics: dict[str, float]
     models: list[int]
+    accuracies: list[tuple[int, float]]
 
 
-def query(database: Path, sql: str) -> list[tuple[Any, ...]]:
-    with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection:
-        return connection.execute(sql).fetchall()
+@dataclass(frozen=True, kw_only=True)
+class Stores:
+    """Where the trials and runs of a sweep are.
+
+    Attributes:
+        folder: From where it is run.
+        study: Address of Optuna's database.
+        runs: Address of MLflow's; where a server has them, of the server's own.
+    """
+
+    folder: Path
+    study: str
+    runs: str
+
+    @classmethod
+    def local(cls, folder: Path) -> Self:
+        """Those of a sweep that was given no others."""
+        study, runs = (f"sqlite:///{folder / 'mlruns' / name}.db" for name in ("optuna", "mlflow"))
+        return cls(folder=folder, study=study, runs=runs)
+
+
+def query(database: Path | str, sql: str) -> list[tuple[Any, ...]]:
+    """Rows of a database; a file of SQLite, or any by its address."""
+    if isinstance(database, str):
+        engine = sqlalchemy.create_engine(database, poolclass=sqlalchemy.NullPool)
+        with engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(sqlalchemy.text(sql))]
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as file:
+        return file.execute(sql).fetchall()
 
 
 @contextlib.contextmanager
@@ -81,18 +114,19 @@ def epochs_in_all(folder: Path) -> int:
     return int(query(database, "SELECT count(*) FROM metrics WHERE key = 'val_loss'")[0][0])
 
 
-def trials_of(folder: Path, name: str) -> list[FrozenTrial]:
+def trials_of(stores: Stores | Path, name: str) -> list[FrozenTrial]:
     """Every trial of a sweep. Nothing stays open: the disk may have to be unmounted."""
-    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'mlruns' / 'optuna.db'}")
+    stores = Stores.local(stores) if isinstance(stores, Path) else stores
+    storage = optuna.storages.RDBStorage(stores.study)
     trials = storage.get_all_trials(storage.get_study_id_from_name(name))
     storage.remove_session()
     storage.engine.dispose()
     return trials
 
 
-def runs_of(folder: Path, name: str) -> list[StoredRun]:
+def runs_of(stores: Stores | Path, name: str) -> list[StoredRun]:
     """Every run of a sweep; its own is the one with the tag `kind`."""
-    database = folder / "mlruns" / "mlflow.db"
+    database = (Stores.local(stores) if isinstance(stores, Path) else stores).runs
     tags: dict[str, dict[str, str]] = {}
     for run_id, key, value in query(database, "SELECT run_uuid, key, value FROM tags"):
         tags.setdefault(run_id, {})[key] = value
@@ -103,16 +137,21 @@ def runs_of(folder: Path, name: str) -> list[StoredRun]:
     sql = "SELECT source_run_id, status FROM logged_models WHERE lifecycle_stage = 'active'"
     for run_id, status in query(database, sql):
         models.setdefault(run_id, []).append(int(status))
+    accuracies: dict[str, list[tuple[int, float]]] = {}
+    sql = "SELECT run_uuid, step, value FROM metrics WHERE key = 'val_accuracy' ORDER BY step"
+    for run_id, step, value in query(database, sql):
+        accuracies.setdefault(run_id, []).append((int(step), float(value)))
     return [
         StoredRun(
             run_id=run_id,
             status=status,
-            tags=tags[run_id],
+            tags=tags.get(run_id, {}),
             metrics=metrics.get(run_id, {}),
             models=models.get(run_id, []),
+            accuracies=accuracies.get(run_id, []),
         )
         for run_id, status in query(database, "SELECT run_uuid, status FROM runs")
-        if tags[run_id].get("sweep") == name
+        if tags.get(run_id, {}).get("sweep") == name
     ]
 
 
@@ -140,53 +179,3 @@ def seconds_until_quiet(folder: Path, *, limit: float) -> float:
             return limit
         time.sleep(0.05)
     return time.monotonic() - start
-
-
-def check_whole(folder: Path) -> None:
-    """Both databases are intact."""
-    for name in ("mlflow.db", "optuna.db"):
-        assert query(folder / "mlruns" / name, "PRAGMA integrity_check") == [("ok",)]
-
-
-def check_invariants(folder: Path, name: str, budget: int) -> None:
-    """What holds for every sweep that reached its budget.
-
-    Args:
-        folder: From where it was run.
-        name: Of the sweep.
-        budget: Finished trials, complete or pruned, it was to reach.
-    """
-    trials, parent = trials_of(folder, name), parent_of(folder, name)
-    children = [run for run in runs_of(folder, name) if run.run_id != parent.run_id]
-
-    assert [trial.number for trial in trials] == list(range(len(trials)))
-    assert {trial.state.name for trial in trials} <= RUN_STATUS.keys()
-    assert sum(trial.state != TrialState.FAIL for trial in trials) == budget
-    by_trial = {int(run.tags["trial"]): run for run in children}
-    assert len(children) == len(by_trial) == len(trials)
-    for trial in trials:
-        check_pair(trial, by_trial[trial.number], parent)
-    check_parent(parent, trials)
-    check_whole(folder)
-    assert list((folder / "mlruns" / "checkpoints").glob("*")) == []
-    assert seconds_until_quiet(folder, limit=5.0) < 5.0
-
-
-def check_pair(trial: FrozenTrial, run: StoredRun, parent: StoredRun) -> None:
-    """A trial and its run are linked both ways and say the same."""
-    assert trial.user_attrs["run_id"] == run.run_id
-    assert run.tags["mlflow.parentRunId"] == parent.run_id
-    assert run.status == RUN_STATUS[trial.state.name]
-    assert run.models == ([READY] if run.status == "FINISHED" else [])
-    if trial.state == TrialState.COMPLETE:
-        accuracy = run.metrics["saved_val_accuracy"]
-        assert trial.values[0] == accuracy
-    if trial.state == TrialState.FAIL:
-        assert run.tags["error"]
-
-
-def check_parent(parent: StoredRun, trials: list[FrozenTrial]) -> None:
-    """The sweep's own run has ended, with the best value of the study."""
-    assert parent.status == "FINISHED"
-    values = [trial.values[0] for trial in trials if trial.state == TrialState.COMPLETE]
-    assert parent.metrics.get("best_val_accuracy") == max(values, default=None)

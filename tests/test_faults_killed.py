@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.dying import Moment, happened, prepare
+from tests.invariants import check_invariants
 from tests.launching import SWEEP, Started
 from tests.stores import (
-    check_invariants,
     processes_in,
     query,
     seconds_until_quiet,

@@ -11,8 +11,8 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
-from tests.conftest import Postgresql
 from tests.launching import SWEEP, Started, wait_until
+from tests.servers import Postgresql
 from tests.stores import seconds_until_quiet
 
 EPOCHS = 40

@@ -1,10 +1,7 @@
 """A tracking server that hangs, is killed, comes back late or never: FAULTS.md 9."""
 
-import contextlib
-import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import requests
 
-from tests.launching import ENVIRONMENT, SWEEP, Started, wait_until
-from tests.served import free_port
+from tests.launching import SWEEP, Started, wait_until
+from tests.servers import MLflowServer
 from tests.stores import query
 
 RUN = [sys.executable, "-m", "pipeline.run"]
@@ -32,59 +28,9 @@ LONG = [
 SWEPT = ["sampler=random", "pruner=none", "sweep.first=[]", f"sweep.trials={TRIALS}"]
 
 
-@dataclass
-class Server:
-    """`mlflow server`, which can be killed and started again at its address.
-
-    Attributes:
-        folder: Of its database and its files.
-        port: Where it answers.
-    """
-
-    folder: Path
-    port: int
-
-    def start(self) -> None:
-        store = ["--backend-store-uri", f"sqlite:///{self.database}"]
-        files = ["--artifacts-destination", str(self.folder / "files"), "--workers", "1"]
-        where = ["--host", "127.0.0.1", "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *store, *files, *where],
-            cwd=self.folder,
-            env={**ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        wait_until(self.answers, limit=PATIENCE)
-
-    def answers(self) -> bool:
-        with contextlib.suppress(requests.RequestException):
-            return requests.get(f"{self.uri}/health", timeout=5).ok
-        return False
-
-    def send(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.send(signal.SIGKILL)
-        self.process.wait()
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def database(self) -> Path:
-        return self.folder / "server.db"
-
-    @property
-    def epochs(self) -> int:
-        """That it was told of."""
-        return int(
-            query(self.database, "SELECT count(*) FROM metrics WHERE key = 'val_loss'")[0][0]
-        )
+def epochs_of(server: MLflowServer) -> int:
+    """That it was told of."""
+    return int(query(server.database, "SELECT count(*) FROM metrics WHERE key = 'val_loss'")[0][0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +45,7 @@ class Story:
         swept: Exit status and text of the sweep, during which it came back.
     """
 
-    server: Server
+    server: MLflowServer
     folder: Path
     alone: tuple[int, str]
     unknown: int
@@ -111,14 +57,14 @@ def shown(started: Started) -> int:
     return len(re.findall(r"^epoch +\d+ of", started.text, re.M))
 
 
-def run_twice(server: Server, folder: Path) -> tuple[int, str]:
+def run_twice(server: MLflowServer, folder: Path) -> tuple[int, str]:
     command = [*RUN, "-m", *LONG, f"tracking.uri={server.uri}", "seed=1,2"]
     with Started(*command, folder=folder) as started:
-        wait_until(lambda: server.epochs >= 2, limit=PATIENCE)
+        wait_until(lambda: epochs_of(server) >= 2, limit=PATIENCE)
         server.send(signal.SIGSTOP)
         wait_until(lambda: "Repeat: " in started.text, limit=PATIENCE)  # the first has ended
         server.send(signal.SIGCONT)
-        wait_until(lambda: server.epochs >= EPOCHS + 2, limit=PATIENCE)
+        wait_until(lambda: epochs_of(server) >= EPOCHS + 2, limit=PATIENCE)
         server.kill()
         return started.end(limit=PATIENCE), started.text
 
@@ -128,25 +74,28 @@ def spooled(folder: Path) -> int:
     return sum(len(path.read_bytes().splitlines()) for path in folder.rglob("journal.jsonl"))
 
 
-def sweep(server: Server, folder: Path) -> tuple[int, str]:
+def sweep(server: MLflowServer, folder: Path) -> tuple[int, str]:
     address = [f"tracking.uri={server.uri}", "executor.workers=1", "sweep.name=away"]
     with Started(*SWEEP, *LONG, *SWEPT, *address, folder=folder) as started:
-        wait_until(lambda: server.epochs >= 2 * EPOCHS + 2, limit=PATIENCE)
+        wait_until(lambda: epochs_of(server) >= 2 * EPOCHS + 2, limit=PATIENCE)
         server.kill()
         wait_until(lambda: spooled(folder) >= 2, limit=PATIENCE)
         server.start()
+        server.wait(limit=PATIENCE)
         return started.end(limit=PATIENCE), started.text
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("commands")
-    server = Server(tmp_path_factory.mktemp("server"), free_port())
+    server = MLflowServer(tmp_path_factory.mktemp("server"))
     server.start()
+    server.wait(limit=PATIENCE)
     try:
         alone = run_twice(server, folder)
-        unknown = 2 * EPOCHS - server.epochs
+        unknown = 2 * EPOCHS - epochs_of(server)
         server.start()
+        server.wait(limit=PATIENCE)
         swept = sweep(server, folder)
         yield Story(server=server, folder=folder, alone=alone, unknown=unknown, swept=swept)
     finally:
@@ -181,7 +130,7 @@ def test_every_epoch_and_every_model_is_recorded_once_in_the_end(story: Story) -
         story.server.database,
         "SELECT status, count(*) FROM logged_models WHERE lifecycle_stage = 'active' GROUP BY 1",
     )
-    saved = list((story.server.folder / "files").rglob("model.keras"))
+    saved = list((story.server.folder / "artifacts").rglob("model.keras"))
 
     assert runs == [("FINISHED", EPOCHS, EPOCHS, EPOCHS)] * (2 + TRIALS)
     assert models == [(2, 2 + TRIALS)]

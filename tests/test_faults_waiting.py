@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.invariants import check_invariants
 from tests.launching import SWEEP, Started, wait_until
 from tests.stores import (
-    check_invariants,
     epochs,
     epochs_in_all,
     locked,

@@ -24,7 +24,7 @@ from pipeline.config import RunConfig
 from pipeline.run import execute_run
 from pipeline.store import search
 from tests.launching import ENVIRONMENT, ROOT, run, wait_until
-from tests.served import free_port
+from tests.servers import free_port
 
 PREDICT = [sys.executable, "-m", "pipeline.predict"]
 IMAGES = load_digits().images[:40].astype(np.uint8)

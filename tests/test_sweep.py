@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from tests.invariants import check_invariants
 from tests.launching import SWEEP, Started, run, wait_until
 from tests.stores import (
-    check_invariants,
     dump,
     epochs,
     query,

@@ -1,8 +1,6 @@
 """Sweeps that are killed, interrupted, started twice, starved: FAULTS.md from the command line."""
 
-import contextlib
 import os
-import random
 import re
 import shlex
 import signal
@@ -16,17 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.invariants import check_invariants, check_whole
 from tests.launching import SWEEP, OnTerminal, Started, run, wait_until, without_escapes
 from tests.stores import (
-    check_invariants,
-    check_whole,
     epochs,
-    epochs_in_all,
     parent_of,
     processes_in,
     query,
     runs_of,
-    seconds_until_quiet,
     told,
     trials_of,
 )
@@ -36,7 +31,6 @@ Need = Callable[[object, str], None]
 SMALL = ["data=digits", "model.hidden_units=16", "sampler=random", "sweep.first=[]"]
 # Trials that last some seconds, so that there is time to disturb them.
 LONG = [*SMALL, "training.epochs=100", "training.early_stopping_patience=null", "pruner=none"]
-KILLS = int(os.environ.get("CHAOS_KILLS", "3"))
 
 
 def wait_for_progress(folder: Path, trial: int) -> None:
@@ -69,47 +63,6 @@ def test_a_trial_survives_one_death_of_its_worker_and_fails_at_the_second(tmp_pa
         f"'{trials[0].user_attrs['run_id']}' ORDER BY step",
     )
     assert history == [(step,) for step in range(1, 101)]
-
-
-def test_a_sweep_killed_at_random_moments_reaches_exactly_its_budget(tmp_path: Path) -> None:
-    rng = random.Random(7)
-    budget = 4 + KILLS // 2
-    command = [*LONG, f"sweep.trials={budget}", "executor.workers=2", "sweep.name=chaos"]
-    kills = 0
-    while kills < KILLS and told(tmp_path) < budget:
-        with Started(*SWEEP, *command, folder=tmp_path) as started:
-            while kills < KILLS and started.process.poll() is None:
-                wait_a_while(started, tmp_path, rng)
-                kill_some(started, rng)
-                kills += 1
-                time.sleep(0.5)
-        assert seconds_until_quiet(tmp_path, limit=5.0) < 5.0
-
-    done = run(*command, folder=tmp_path, timeout=400)
-
-    assert done.returncode == 0, done.stderr
-    check_invariants(tmp_path, "chaos", budget)
-
-
-def wait_a_while(started: Started, folder: Path, rng: random.Random) -> None:
-    """Some seconds, which may all be those of the start, or some epochs."""
-    seconds, more = rng.choice([(rng.uniform(0.0, 8.0), 0), (60.0, rng.randint(1, 120))])
-    before, deadline = epochs_in_all(folder), time.monotonic() + seconds
-    wait_until(
-        lambda: (
-            time.monotonic() > deadline
-            or started.process.poll() is not None
-            or (more and epochs_in_all(folder) >= before + more)
-        )
-    )
-
-
-def kill_some(started: Started, rng: random.Random) -> None:
-    """The launcher, a worker, or two of them."""
-    with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-        processes = [psutil.Process(started.process.pid), *started.workers]
-        for victim in rng.sample(processes, min(len(processes), rng.choice([1, 1, 2]))):
-            victim.kill()
 
 
 # --- interruptions -----------------------------------------------------------------------

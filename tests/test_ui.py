@@ -15,7 +15,8 @@ from selenium.webdriver.remote.webdriver import WebDriver
 
 from pipeline.pages import RUNS, RUNS_KEY, metric, run_page, runs_page
 from tests.launching import run
-from tests.served import Served, free_port, open_ui, text_of, visit, wait
+from tests.served import Served, open_ui, text_of, visit, wait
+from tests.servers import free_port
 from tests.stores import StoredRun, parent_of, runs_of
 
 UI = [sys.executable, "-m", "pipeline.ui"]
