@@ -329,13 +329,17 @@ def repeat(
         on_epoch_end: As in `execute_run`, which says what else is raised.
     """
     from pipeline.store import NOTE, open_store, read_run
-    from pipeline.tracking import create_run
+    from pipeline.tracking import create_run, replay_left
 
     of, config = repetition.of, repetition.config
     store = open_store(config.tracking)
+    replay_left(store)
     run = create_run(store, str(config.tracking.run_name), {"repeats": of.run_id})
     try:
         execute_run(config, command, on_epoch_end=on_epoch_end, data=repetition.data, into=run)
+        if not run.catch_up(at_once=True):  # half of a record would be DIFFERENT
+            kept = run.spool.folder
+            raise ConnectionError(f"the tracking store is away; {run.name} is kept in {kept}.")
         verdict = judge(repetition.then, _trained(read_run(run.run_id), repetition.shared))
     except DivergedError as error:
         verdict = Verdict(word=DIFFERENT, reason=str(error))

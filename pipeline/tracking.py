@@ -119,7 +119,7 @@ class Run:
         if self.spool.is_empty:
             return True
         if at_once or time.monotonic() >= _next_try[0]:
-            with self._noting_absence():
+            with self._noting_absence(), impatient():
                 replay(self.spool, self.store.uri)
                 log.info("run %s: the tracking store is back, and was told all", self.name)
         return self.spool.is_empty
@@ -335,8 +335,7 @@ def replay(spool: Spool, uri: str) -> int:
         left = list(entries)
         try:
             for group in merged(entries):
-                with impatient():
-                    tell(about["run_id"], merge(group), spool.path_of(group[0]))
+                tell(about["run_id"], merge(group), spool.path_of(group[0]))
                 left = left[len(group) :]
         finally:
             spool.keep(left)

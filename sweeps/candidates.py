@@ -408,6 +408,8 @@ class Retraining:
             run.end("FAILED", error=outcome.reason)
             self.failures[candidate.run.run_id, seed] = outcome.reason
             show(f"{title}  failed: {outcome.reason}")
+        elif not run.catch_up(at_once=True):  # what follows reads it from the store
+            raise OSError(f"the tracking store is away; {title} is kept in {run.spool.folder}.")
         else:
             show(f"{title}  {candidate.objective} {outcome.values[0]:.4f}")
         shutil.rmtree(job.checkpoint.parent, ignore_errors=True)

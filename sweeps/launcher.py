@@ -233,9 +233,13 @@ class Launcher:
 
     def replay(self, run: Run) -> None:
         """Waits until the store knows all of a run, of which the spool may have the end."""
+        from pipeline.store import is_away
         from pipeline.tracking import replay
 
-        self.patiently(partial(replay, run.spool, run.store.uri))
+        uri, patience = run.store.uri, self.plan.config.sweep.patience
+        # Not in haste: no training waits for it, and an upload may take a server its time.
+        tell, away = partial(replay, run.spool, uri), partial(is_away, uri=uri)
+        patiently(tell, away, uri, seconds=patience, stop=self.is_told)
 
     def record(self) -> None:
         """Records how far the sweep is, where that changed: while the workers are busy."""

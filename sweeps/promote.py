@@ -93,6 +93,7 @@ def promote(config: PromotionConfig, overrides: Sequence[str], uri: str) -> None
     """
     from pipeline.registry import deciding, lock_uri
     from pipeline.store import experiments, open_store
+    from pipeline.tracking import replay_left
 
     source = find_source(config)
     if source.is_sweep and source.run.status != "FINISHED":
@@ -109,6 +110,7 @@ def promote(config: PromotionConfig, overrides: Sequence[str], uri: str) -> None
     lock = lock_uri(uri, config.tracking)
     with _queue(name, lock):
         store = open_store(first.tracking)
+        replay_left(store)  # a training that ended while the store was away is not repeated
         retraining = Retraining(store=store, name=name, seeds=config.promote.seeds)
         if retraining.missing(candidates):
             check_data(candidates[0])  # a search has one data set

@@ -87,6 +87,11 @@ def _as_it_was() -> Iterator[None]:
     environment, arguments, folder = dict(os.environ), sys.argv, Path.cwd()
     handler, raises = signal.getsignal(signal.SIGTERM), logging.raiseExceptions
     root, level = list(logging.root.handlers), logging.root.level
+    # Hydra closes every handler there is: that of absl, which comes with TensorFlow, would close
+    # pytest's own standard error, as it is not that of the command.
+    handlers: list[Any] = vars(logging)["_handlerList"]
+    hidden = handlers[:]
+    handlers.clear()
     os.environ.pop("HYDRA_FULL_ERROR", None)
     try:
         yield
@@ -99,6 +104,7 @@ def _as_it_was() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
         logging.raiseExceptions = raises
         logging.root.handlers[:], logging.root.level = root, level
+        handlers[:] = hidden
         gc.unfreeze()
 
 

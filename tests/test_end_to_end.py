@@ -15,11 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.served import Served, open_ui, sees
+from tests.served import Served, open_ui, sees, text_of, wait
 
 Need = Callable[[object, str], None]
 
@@ -210,7 +209,7 @@ def test_the_ui_lists_the_runs_of_the_experiment(page: str, browser: WebDriver) 
 
     WebDriverWait(browser, 60).until(lambda driver: sees(driver, "matching runs"))
     assert sees(browser, "Run Name", "Created", "Dataset")
-    assert browser.find_element(By.TAG_NAME, "body").text.count("32-32 dropout") >= 2
+    wait(browser, lambda driver: text_of(driver, "body").count("32-32 dropout") >= 2)
 
 
 def test_a_run_logs_to_a_server_and_hides_its_password(
