@@ -268,7 +268,8 @@ def _check_overrides(arguments: Sequence[str]) -> None:
             raise ValueError(f"{argument.partition('=')[0]}: {error}") from error
         options = value if isinstance(value, list) else [value]
         is_option = override.is_sweep_override() or all(isinstance(each, str) for each in options)
-        if (CONF / name).is_dir() and not is_option and not override.is_delete():
+        is_group = not name.startswith("/") and (CONF / name).is_dir()
+        if is_group and not is_option and not override.is_delete():
             raise ValueError(f"{argument}: {name} is a group, it needs an option.")
 
 

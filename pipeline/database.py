@@ -101,11 +101,17 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+# What PostgreSQL refuses while it is there: no room, no memory, a statement that took too long.
+_REFUSED = {"53100", "53200", "57014"}
+
+
 def lost_connection(error: BaseException) -> bool:
     """Whether a database server is the reason: it is away, restarts, or ended the connection."""
-    lost = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
     return any(
-        isinstance(each, lost)
+        (
+            isinstance(each, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError)
+            and getattr(each.orig, "sqlstate", None) not in _REFUSED
+        )
         or (isinstance(each, sqlalchemy.exc.DBAPIError) and each.connection_invalidated)
         for each in causes(error)
     )

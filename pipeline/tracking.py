@@ -349,6 +349,8 @@ def replay_left(store: Store) -> None:
             if spool.is_left and (count := replay(spool, store.uri)):
                 log.info("told the tracking store %d things of run %s", count, spool.folder.name)
         except Exception as error:  # of another store, or refused: the doctor tells
+            if is_away(error, store.uri):
+                return
             if spool.is_empty:  # another process has told it meanwhile
                 continue
             log.warning("%s: %s", spool.folder, without_password(" ".join(str(error).split())))
@@ -361,7 +363,8 @@ def create_run(
     shown = {key: without_password(str(value)) for key, value in {**tags, OWNER: me()}.items()}
     if parent:
         shown[MLFLOW_PARENT_RUN_ID] = parent.run_id
-    created = mlflow.MlflowClient().create_run(store.experiment_id, tags=shown, run_name=name)
+    with impatient():  # repeated, it would create two
+        created = mlflow.MlflowClient().create_run(store.experiment_id, tags=shown, run_name=name)
     return Run(run_id=created.info.run_id, name=name, store=store)
 
 

@@ -241,7 +241,7 @@ def short_path(path: Path) -> str:
 
 def process_of(owner: str | None) -> str:
     """The owner of a run, in words."""
-    named = re.fullmatch(r"(\S+) (\d+) (\d+)", owner or "")
+    named = re.fullmatch(r"(\S+) (\d+) .*", owner or "")
     return f"process {named[2]} on {named[1]}" if named else "a process that is not recorded"
 
 

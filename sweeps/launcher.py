@@ -17,6 +17,7 @@ import optuna
 from optuna.trial import Trial, TrialState
 
 from pipeline import fast_imports
+from pipeline.config import without_password
 from pipeline.database import AwayError, lost_connection, patiently
 from sweeps.config import NoPrunerConfig
 from sweeps.display import SHOWN, Display, Running, trial_name
@@ -180,7 +181,12 @@ class Launcher:
     def catch_up(self) -> bool:
         """Tells the store what it is behind with, if it is there; returns whether it knows all."""
         for run in [*self.behind.values(), self.parent]:
-            if run.catch_up():
+            try:
+                knows_all = run.catch_up()
+            except Exception as error:  # it refuses that run: the doctor tells
+                log.warning("run %s is refused: %s", run.name, without_password(str(error)))
+                knows_all = True
+            if knows_all:
                 self.behind.pop(run.run_id, None)
         return not self.behind and self.parent.spool.is_empty
 

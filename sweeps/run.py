@@ -18,7 +18,6 @@ from optuna.trial import TrialState
 from pipeline import fast_imports
 from pipeline.compose import run_cli
 from pipeline.config import without_password
-from pipeline.database import AwayError
 from pipeline.pages import store_command, ui_command
 from sweeps import dry_run
 from sweeps.config import VARIANTS, SweepConfig
@@ -179,7 +178,7 @@ def _conclude(launcher: Launcher, command: str) -> None:
         raise SweepFailedError(f"{launcher.broken} Stopped after {progress.counts}. {go_on}")
     try:
         launcher.tell_all()
-    except AwayError as error:
+    except Exception as error:  # the store is away, or refuses something
         raise SweepFailedError(
             f"{error} The sweep is done, but what the store has yet to be told of it is kept in "
             f"{parent.store.spools}. {go_on}"

@@ -254,12 +254,12 @@ class _ServerHold(Hold):
         return self._connection.scalar(sqlalchemy.text(question), self._key)
 
     def renew(self) -> None:
-        try:
+        with suppress(sqlalchemy.exc.SQLAlchemyError):
             self._ask("SELECT :key")
-        except sqlalchemy.exc.SQLAlchemyError:
-            with suppress(sqlalchemy.exc.SQLAlchemyError):
-                self._connection.close()
-            self._take()
+            return
+        with suppress(sqlalchemy.exc.SQLAlchemyError):
+            self._connection.close()
+        self._take()
 
     def close(self) -> None:
         with suppress(sqlalchemy.exc.SQLAlchemyError):

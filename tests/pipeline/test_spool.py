@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.owner import lives, me
+from pipeline.owner import lives, me, start_of
 from pipeline.spool import Spool, spools
 
 ABOUT = {"run_id": "r1", "name": "a run", "experiment_id": "1", "uri": "http://127.0.0.1:9"}
@@ -114,16 +114,17 @@ def test_a_process_that_runs_lives_and_one_that_ended_does_not() -> None:
     beyond = int(Path("/proc/sys/kernel/pid_max").read_text(encoding="ascii")) + 1
 
     assert lives(me()) is True
-    assert lives(f"{host} {beyond} 1") is False
+    assert lives(f"{host} {beyond} 1 {me().split(' ')[3]}") is False
 
 
 def test_another_process_of_the_same_number_is_not_the_owner() -> None:
-    host, pid, start = me().split(" ")
+    host, pid, start, boot = me().split(" ")
 
-    assert lives(f"{host} {pid} {int(start) - 3600}") is False
+    assert lives(f"{host} {pid} {int(start) + 3600} {boot}") is False
+    assert lives(f"{host} {pid} {start} another-start-of-the-machine") is False
 
 
-@pytest.mark.parametrize("owner", ["", "nonsense", "elsewhere.example 1 1", "a b c d"])
+@pytest.mark.parametrize("owner", ["", "nonsense", "elsewhere.example 1 1 x", "a b c d"])
 def test_of_another_machine_or_an_older_version_nothing_is_known(owner: str) -> None:
     assert lives(owner) is None
 
@@ -139,7 +140,7 @@ def test_a_process_that_nobody_has_waited_for_is_gone(tmp_path: Path) -> None:
         ],
     )
     host = me().split(" ")[0]
-    owner = f"{host} {child} {psutil.Process(child).create_time():.0f}"
+    owner = f"{host} {child} {start_of(psutil.Process(child))} {me().split(' ')[3]}"
     alive = lives(owner)
     os.write(write, b"\n")
     while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:

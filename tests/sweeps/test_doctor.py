@@ -305,7 +305,7 @@ def running(folder: Path, owner: str, **tags: str) -> Run:
 
 def test_a_run_whose_process_is_gone_is_ended(folder: Path, dead: str) -> None:
     run = running(folder, dead)
-    host, process, _ = dead.split()
+    host, process, *_ = dead.split()
 
     seen, mended, after = visit(folder), fix(folder), visit(folder)
 
