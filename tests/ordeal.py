@@ -35,7 +35,7 @@ SETTINGS = [
     f"sweep.name={NAME}",
 ]
 TICK = 0.05  # seconds between two looks
-PATIENCE = 300.0  # seconds without an epoch or a trial, while no fault lasts: a standstill
+PATIENCE = 900.0  # seconds without an epoch or a trial, while no fault lasts: a standstill
 FRUITLESS = 6  # launches in a row that failed while no fault lasted: likewise
 MORE = 4  # trials, where the budget is reached before the last fault
 LINGER = 60.0  # seconds a worker may outlive its launcher where it gets hardly any processor time

@@ -61,7 +61,7 @@ def suffered(tmp_path_factory: pytest.TempPathFactory) -> Suffered:
     folder = tmp_path_factory.mktemp("chaos")
     few = ["--kills", str(FAULTS), "--trials", str(TRIALS), "--workers", "2", "--longest", "4"]
     given = ["--seed", str(SEED), *few, "--folder", str(folder / "sweep-under-faults")]
-    done = run(*given, folder=folder, command=CHAOS, timeout=900)
+    done = run(*given, folder=folder, command=CHAOS, timeout=1800)
     return Suffered(folder / "sweep-under-faults", done)
 
 
