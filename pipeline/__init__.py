@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,9 +68,23 @@ def fast_imports() -> Iterator[None]:
         gc.enable()
 
 
+@contextmanager
+def without_pyplot() -> Iterator[None]:
+    """Imports Keras or Optuna as if there were no matplotlib, half a second faster.
+
+    Both import its pyplot for plots that we do not ask them for. Once it is imported, it stays.
+    """
+    hidden = sys.modules.setdefault("matplotlib", None) is None  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["matplotlib"]
+
+
 def start_libraries() -> None:
     """Imports what takes seconds: TensorFlow, Keras, MLflow; its messages are not shown."""
-    with _stderr_closed(), fast_imports():
+    with _stderr_closed(), fast_imports(), without_pyplot():
         import tensorflow as tf
 
         import pipeline.tracking  # noqa: F401

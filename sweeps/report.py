@@ -9,16 +9,19 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
-import optuna.visualization as plots
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader
 from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
+from pipeline import without_pyplot
 from sweeps.board import Board
 from sweeps.display import number, settings
 from sweeps.leaderboard import board_table
 from sweeps.study import of_first_objective, sample, spread
+
+with without_pyplot():
+    import optuna.visualization as plots
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
