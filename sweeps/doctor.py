@@ -137,7 +137,8 @@ def _made(check: Check, stores: Stores, *, fix: bool) -> list[Finding]:
             finding = next(check)
             found.append(_mended(finding, stores) if fix else finding)
     except StopIteration as end:
-        if not any(finding.state in (WRONG, MENDED) for finding in found):
+        is_well = not any(finding.state in (WRONG, MENDED) for finding in found)
+        if end.value and is_well:
             found.insert(0, Finding(state=OK, text=str(end.value)))
     except _errors() as error:
         found.append(wrong(f"it cannot be looked at: {reason(error)}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -65,7 +66,12 @@ def check_spool(stores: Stores) -> Check:
             continue
         text = f"{run}: the store has yet to be told {count(entries, 'entry')}"
         if other:
-            yield wrong(f"{text}; it is of another store, {other}", f"tracking.uri={other}")
+            choice = ["tracking=server"] if other.startswith("http") else []
+            command = ["sweeps.doctor", "fix=true", *choice, f"tracking.uri={other}"]
+            yield wrong(
+                f"{text}; it is of another store, {other}",
+                f"tell it: python -m {shlex.join(command)}",
+            )
         elif not is_left:
             yield note(f"{text}; {owner} is there to do it, or is not seen from here")
         elif not stores.is_open:
@@ -74,7 +80,7 @@ def check_spool(stores: Stores) -> Check:
             yield note(f"{text}; {holder}")
         else:
             yield wrong(f"{text}, and {owner} is gone", "fix=true tells it", partial(tell, spool))
-    return "the store was told all"
+    return "" if stores.behind else "the store was told all"
 
 
 def _tags_of(stores: Stores, run_id: str) -> Mapping[str, str]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial, TrialState
 
+from pipeline.config import without_password
+from pipeline.database import sqlite_path
 from pipeline.pages import store_command
 from sweeps.doctor_runs import STATUS, end, is_trial, title
 from sweeps.finding import (
@@ -79,7 +81,10 @@ def _parents(stores: Stores) -> dict[str, Outline]:
 def _without_study(stores: Stores) -> Iterator[Finding]:
     keys = {study.key for study in stores.studies}
     parents = {key: run for key, run in _parents(stores).items() if key not in keys}
-    if parents and not stores.has_studies:
+    path = sqlite_path(stores.storage)
+    if parents and not stores.has_studies and (path is None or path.exists()):
+        yield note("not looked at: the database of the studies is not open")
+    elif parents and not stores.has_studies:
         yield wrong(
             f"{count(len(parents), 'sweep')} recorded, and no study is kept where the studies "
             f"are: {few([run.name for run in parents.values()])}",
@@ -98,8 +103,12 @@ def _findings_of(stores: Stores, study: StudyRecord) -> list[Finding]:
 
 def _of_sweep(stores: Stores, study: StudyRecord, parent: Outline | None) -> Iterator[Finding]:
     of = f"sweep {study.name}:"
+    if parent is None and _is_elsewhere(stores, study):
+        where = study.recorded or "another store, or it was deleted here for good"
+        yield note(f"{of} its runs are in {where}")
+        return
     if parent is None and study.trials:
-        yield wrong(f"{of} it has no run", "restore it in MLflow, if it was deleted there")
+        yield wrong(f"{of} it has no run", f"{of} restore its run in MLflow, if it was deleted")
     running = [trial for trial in study.trials if trial.state == TrialState.RUNNING]
     if running:
         command = parent.tags.get("command") if parent else None
@@ -108,6 +117,12 @@ def _of_sweep(stores: Stores, study: StudyRecord, parent: Outline | None) -> Ite
             f"go on with: {command}" if command else "",
         )
     yield from _findings(stores, of, _compare(stores, study, parent))
+
+
+def _is_elsewhere(stores: Stores, study: StudyRecord) -> bool:
+    """Whether another store has its runs: several may share the studies of one folder."""
+    is_known = any(trial.user_attrs.get("run_id") in stores.runs for trial in study.trials)
+    return not is_known and study.recorded != without_password(stores.uri)
 
 
 def _compare(stores: Stores, study: StudyRecord, parent: Outline | None) -> Pairs:
@@ -189,8 +204,8 @@ def _findings(stores: Stores, of: str, pairs: Pairs) -> Iterator[Finding]:
         )
     if gone := pairs.lost.keys() - deleted.keys():
         yield wrong(
-            f"{of} {trials(gone)} ended, and has no run",
-            "it is lost to the leaderboard; another trial may be added with sweep.trials",
+            f"{of} no run is recorded of {trials(gone)}",
+            f"{of} the leaderboard has them no more; sweep.trials may add others",
         )
     if values := pairs.values:
         first, (how, run) = next(iter(values.items()))

@@ -69,11 +69,13 @@ class StudyRecord:
     Attributes:
         name: Of the sweep too.
         key: That tells it from others of its name; the sweep's run has it too.
+        recorded: Address of the store that has its runs; empty where an older version began it.
         trials: All of them.
     """
 
     name: str
     key: str
+    recorded: str
     trials: Sequence[FrozenTrial]
 
 
@@ -131,6 +133,7 @@ class Stores:
                 StudyRecord(
                     name=study.study_name,
                     key=study.user_attrs.get("key", ""),
+                    recorded=study.user_attrs.get("recorded", ""),
                     trials=study.get_trials(deepcopy=False),
                 )
                 for study in found

@@ -110,6 +110,7 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         check_identity(study, {**plan.identity, "data": _digest(data)})
         store = open_store(plan.config.tracking)
         replay_left(store)
+        study.set_user_attr("recorded", without_password(store.uri))
         parent = open_parent(plan, study, store, data, command)
         progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
         progress.add(*study.get_trials(deepcopy=False))

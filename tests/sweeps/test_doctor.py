@@ -405,7 +405,7 @@ def test_trials_whose_run_is_gone_for_good_are_told(folder: Path) -> None:
 
     first, second = sorted(number for number, _ in runs)
     assert visit(folder).wrong == [
-        f"trials: sweep wide: trials {first} and {second} ended, and has no run"
+        f"trials: sweep wide: no run is recorded of trials {first} and {second}"
     ]
 
 
@@ -683,3 +683,15 @@ def test_a_champion_that_answers_otherwise_is_told(promoted: Bench, tmp_path: Pa
         assert database.execute(sql).rowcount
 
     assert "it predicts " in visit(bench.folder).wrong[0]
+
+
+def test_a_sweep_whose_runs_another_store_has_is_a_note(folder: Path) -> None:
+    uri = f"sqlite:///{folder / 'mlruns' / 'optuna.db'}"
+    study = open_study("elsewhere", open_storage(uri), ["maximize"])
+    study.set_user_attr("recorded", "http://127.0.0.1:9")
+    study.tell(study.ask(), 0.5)
+
+    seen = visit(folder)
+
+    assert seen.wrong == []
+    assert "sweep elsewhere: its runs are in http://127.0.0.1:9" in seen.text
