@@ -139,14 +139,14 @@ def pause_workers(started: Started, folder: Path, trial: int) -> None:
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("interrupted")
     # Each launcher gets a little further with trial 0: it must not be done before the last one.
-    long = ["training.epochs=300", "training.early_stopping_patience=null", "pruner=none"]
+    long = ["training.epochs=600", "training.early_stopping_patience=null", "pruner=none"]
     command = [*SMALL, *long, "sweep.trials=1", "executor.workers=1"]
 
     with OnTerminal(*SWEEP, *command, folder=folder) as first:
         first.says(r"Sweep [a-z-]+: 0 of 1")
         (name,) = re.findall(r"Sweep ([a-z-]+):", first.text)
         second = run(*command, f"sweep.name={name}", folder=folder)
-        first.says(r" [1-9]\d*/300 ")
+        first.says(r" [1-9]\d*/600 ")
         signalled = time.monotonic()
         first.press_ctrl_c()
         once = ended_by(signalled, first, folder, name)
@@ -182,7 +182,7 @@ def test_a_terminal_shows_what_runs_how_far_it_is_and_what_is_left(story: Story)
     shown = story.once.text
 
     assert re.search(r"^trial +epoch +now +s/epoch +settings", shown, re.M)
-    assert re.search(r"^ +0 +\d+/300 .* 0\.\d{4} +\d+\.\d\d +dropout_rate=0", shown, re.M)
+    assert re.search(r"^ +0 +\d+/600 .* 0\.\d{4} +\d+\.\d\d +dropout_rate=0", shown, re.M)
     assert "0 of 1 trials, 0 pruned; no trial is complete yet; time left" in shown
 
 

@@ -221,7 +221,7 @@ def test_a_run_that_was_interrupted_and_gone_on_with_is_repeated_exactly(
     short = ["data=digits", "training=quick", "model.hidden_units=16", "evaluate_test=false"]
     config = configure(*short, *where)
     interrupted = create_run(open_store(config.tracking), "interrupted", {})
-    given: dict[str, Any] = {"run_id": interrupted.run_id, "checkpoint": tmp_path / "checkpoint"}
+    given: dict[str, Any] = {"into": interrupted, "checkpoint": tmp_path / "checkpoint"}
     with pytest.raises(KeyboardInterrupt):
         execute_run(config, COMMAND, on_epoch_end=interrupt_after_the_second, **given)
     interrupted.reopen()

@@ -536,7 +536,7 @@ def test_the_workers_of_a_launcher_that_is_killed_end_within_seconds(
     tmp_path: Path, warm_up: str, jobs: int, at_work: int
 ) -> None:
     with launched(tmp_path, warm_up, workers=2, jobs=jobs) as launcher:
-        until(lambda: len(noted(tmp_path)) == at_work)
+        until(lambda: len(noted(tmp_path)) == at_work and len(workers_of(launcher)) == 2)
         workers = workers_of(launcher)
 
         launcher.kill()
