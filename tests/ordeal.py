@@ -34,6 +34,7 @@ SETTINGS = [
     "sweep.max_failures=1000000",
     f"sweep.name={NAME}",
 ]
+SILENCE = 30.0  # seconds without a line, at most
 TICK = 0.05  # seconds between two looks
 PATIENCE = 900.0  # seconds without an epoch or a trial, while no fault lasts: a standstill
 FRUITLESS = 6  # launches in a row that failed while no fault lasted: likewise
@@ -123,7 +124,7 @@ class Ordeal:
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
-        self._progress = (0, self.started)
+        self._progress, self._said = (0, self.started), self.started
         self._rng = random.Random(f"workers {self.seed}")
 
     @property
@@ -131,6 +132,7 @@ class Ordeal:
         return time.monotonic() - self.started
 
     def say(self, text: str) -> None:
+        self._said = time.monotonic()
         print(f"{self.seconds:7.1f} s  {text}", flush=True)
 
     def run(self) -> None:
@@ -172,7 +174,7 @@ class Ordeal:
         command = [*SWEEP, *SETTINGS, *self.place.study, *self.place.tracking, *budget]
         environment = self.place.environment
         self.launches.append(Started(*command, folder=self.place.sweep, environment=environment))
-        self.say(f"launch {len(self.launches)}: {workers} workers, {self._finished} trials so far")
+        self.say(f"launch {len(self.launches)}: {workers} workers; trials so far: {self._finished}")
 
     def _tick(self) -> None:
         """Looks after everything.
@@ -226,6 +228,8 @@ class Ordeal:
     def _look_for_progress(self) -> None:
         before, since = self._progress
         count, now = self._epochs + self._finished, time.monotonic()
+        if now > self._said + SILENCE:
+            self.say(f"  {self._finished} of {self.budget} trials, {self._epochs} epochs")
         if count != before or self._lasting:
             self._progress = (count, now)
         elif now > since + PATIENCE and self._is_calm:
