@@ -57,7 +57,7 @@ class Spool:
         return [json.loads(line) for line in whole.splitlines()]
 
     def add(self, entry: Entry, about: Mapping[str, str], source: Path | None = None) -> None:
-        """Appends an entry; on disk when this returns.
+        """Appends an entry, which a kill of this process does not lose when this has returned.
 
         Args:
             entry: As JSON can say it.
