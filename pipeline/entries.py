@@ -54,8 +54,9 @@ def tell(run_id: str, entry: Entry, path: Path | None = None) -> None:
             tags = [RunTag(name, text) for name, text in entry["tags"].items()]
             client.log_batch(run_id, tags=tags, synchronous=True)
         case "metrics":
-            for start in range(0, len(entry["metrics"]), _BATCH):
-                batch = [Metric(*each) for each in entry["metrics"][start : start + _BATCH]]
+            metrics = _news(run_id, entry["metrics"]) if entry.get("once") else entry["metrics"]
+            for start in range(0, len(metrics), _BATCH):
+                batch = [Metric(*each) for each in metrics[start : start + _BATCH]]
                 client.log_batch(run_id, metrics=batch, synchronous=True)
         case "params":
             _tell_params(run_id, entry["params"])
@@ -77,7 +78,8 @@ def merged(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Neighbours that can be told at once: metrics of many epochs."""
     groups: list[list[Entry]] = []
     for entry in entries:
-        if groups and entry["kind"] == groups[-1][0]["kind"] == "metrics":
+        last = groups[-1][0] if groups else {"kind": ""}
+        if entry["kind"] == last["kind"] == "metrics" and entry.get("once") == last.get("once"):
             groups[-1].append(entry)
         else:
             groups.append([entry])
@@ -87,7 +89,18 @@ def merged(entries: Sequence[Entry]) -> list[list[Entry]]:
 def merge(group: Sequence[Entry]) -> Entry:
     if len(group) == 1:
         return group[0]
-    return {"kind": "metrics", "metrics": [each for entry in group for each in entry["metrics"]]}
+    return {**group[0], "metrics": [each for entry in group for each in entry["metrics"]]}
+
+
+def _news(run_id: str, metrics: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Metrics that the store has not of their steps."""
+    client = mlflow.MlflowClient()
+    known = {
+        (name, each.step)
+        for name in {each[0] for each in metrics}
+        for each in client.get_metric_history(run_id, name)
+    }
+    return [each for each in metrics if (each[0], each[3]) not in known]
 
 
 def _tell_params(run_id: str, params: Mapping[str, str]) -> None:

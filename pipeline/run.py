@@ -99,7 +99,7 @@ def execute_run(
             steps_per_epoch=steps_per_epoch(len(data.train), config.training),
             epochs=config.training.epochs,
         )
-        recorded = run.known_metrics if into else {}
+        recorded = run.known_metrics if into else {"epoch": 0.0}
         best = {name: value for name, value in recorded.items() if name.startswith("best_")}
         hook_seconds: list[float] = []
 
@@ -109,7 +109,9 @@ def execute_run(
                 if metrics.get("val_accuracy", -1.0) > best.get("best_val_accuracy", -1.0):
                     best.update(best_val_accuracy=metrics["val_accuracy"], best_epoch=epoch)
                 # The UI's page that compares runs begins with what was recorded first.
-                run.log_metrics({**best, "epoch": epoch, **metrics}, step=epoch)
+                # A store that is away cannot say which epochs an earlier process has told it.
+                once = "epoch" not in recorded
+                run.log_metrics({**best, "epoch": epoch, **metrics}, step=epoch, once=once)
             on_epoch_end(epoch, metrics)
             hook_seconds.append(time.perf_counter() - begin)
 

@@ -159,11 +159,19 @@ class Run:
         with suppress(OSError):  # where there is no room for that either, the doctor ends it
             self.spool.add(_ending(status), self._about)
 
-    def log_metrics(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
-        """Records metrics of an epoch, or with step 0 of the whole run, in one synchronous call."""
+    def log_metrics(
+        self, metrics: Mapping[str, float], *, step: int = 0, once: bool = False
+    ) -> None:
+        """Records metrics of an epoch, or with step 0 of the whole run, in one synchronous call.
+
+        Args:
+            metrics: By name.
+            step: The epoch, from 1.
+            once: Whether the store is asked first, and told only what it has not of this epoch.
+        """
         now = _now()
         batch = [[name, value, now, step] for name, value in metrics.items()]
-        self.tell({"kind": "metrics", "metrics": batch})
+        self.tell({"kind": "metrics", "metrics": batch, "once": once})
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """Saves a figure as `figures/<name>.png`, which the UI shows."""
@@ -255,13 +263,13 @@ class Run:
 
     @property
     def known_metrics(self) -> dict[str, float]:
-        """Likewise, of a store that is away what the spool has."""
+        """Likewise, of a store that is away what the spool has; then it may lack the `epoch`."""
         entries = [entry for entry in self.spool.entries if entry["kind"] == "metrics"]
         spooled = {each[0]: each[1] for entry in entries for each in entry["metrics"]}
         if "epoch" in spooled:
             return spooled
         with self._noting_absence(), impatient():
-            return self.metrics | spooled
+            return {"epoch": 0.0} | self.metrics | spooled
         return spooled
 
     # --- between runs --------------------------------------------------------------------
@@ -609,7 +617,7 @@ def _now() -> int:
 
 
 def _progress(metrics: Mapping[str, float]) -> str:
-    if "epoch" not in metrics:
+    if not metrics.get("epoch"):
         return "stopped before the end of its first epoch"
     stopped = f"stopped after epoch {metrics['epoch']:.0f}"
     if "best_val_accuracy" not in metrics:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,6 +43,21 @@ RENEW = 5.0  # seconds between two looks whether the sweep is still held
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Room for one trial at a time: there are as many as workers.
+
+    Attributes:
+        number: From 1.
+        since: When it became free, as of `time.monotonic`.
+        is_first: Whether a worker may have to start for its next trial.
+    """
+
+    number: int
+    since: float
+    is_first: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Flight:
     """A trial under way.
 
@@ -51,16 +66,14 @@ class Flight:
         values: What is searched in it.
         run: In MLflow.
         job: What a worker was given.
-        since: When its worker became free for it, as of `time.monotonic`.
-        is_first: Whether its worker may have had to start for it.
+        slot: That it takes.
     """
 
     trial: Trial
     values: Values
     run: Run
     job: Job
-    since: float
-    is_first: bool
+    slot: Slot
 
 
 @dataclass(kw_only=True)
@@ -145,13 +158,13 @@ class Launcher:
             AwayError: A server is away, for longer than there is patience.
             HeldError: It restarted, and another launcher was faster to hold the sweep.
         """
-        free = [(time.monotonic(), True)] * self.workers
+        now = time.monotonic()
+        free = [Slot(number=i, since=now, is_first=True) for i in range(self.workers, 0, -1)]
         while not self.must_stop():
             while free and self.may_ask() and not self.has_failed:
-                since, is_first = free[-1]
                 trial, values = waiting.pop(0) if waiting else self.asker.ask()
                 self.asked.add(trial.number)
-                if self.submit(trial, values, since=since, is_first=is_first):
+                if self.submit(trial, values, free[-1]):
                     free.pop()
             if not self.flights:
                 break
@@ -160,8 +173,8 @@ class Launcher:
                 self.prepare()
             done, _ = wait(self.flights, timeout=TICK, return_when=FIRST_COMPLETED)
             for future in done:
-                free.append((time.monotonic(), False))
                 flight = self.flights.pop(future)
+                free.append(replace(flight.slot, since=time.monotonic(), is_first=False))
                 if self.settle(flight, future):
                     waiting.append((flight.trial, flight.values))
             if time.monotonic() >= self.next_publication and not self.must_stop():
@@ -342,7 +355,7 @@ class Launcher:
 
     # --- one trial -----------------------------------------------------------------------
 
-    def submit(self, trial: Trial, values: Values, *, since: float, is_first: bool) -> bool:
+    def submit(self, trial: Trial, values: Values, slot: Slot) -> bool:
         """Has a worker execute the trial; returns whether its configuration is accepted."""
         config, run = self.plan.config, self.patiently(partial(self.run_of, trial, values))
         self.behind.pop(run.run_id, None)  # its worker's from now on
@@ -364,9 +377,8 @@ class Launcher:
             pruner=NoPrunerConfig(name="none") if is_baseline else config.pruner,
             patience=config.sweep.patience,
         )
-        flight = Flight(
-            trial=trial, values=values, run=run, job=job, since=since, is_first=is_first
-        )
+        trial.set_user_attr("worker", slot.number)
+        flight = Flight(trial=trial, values=values, run=run, job=job, slot=slot)
         self.flights[self.executor.submit(run_trial, job)] = flight
         return True
 
@@ -393,7 +405,7 @@ class Launcher:
 
     def settle(self, flight: Flight, future: Future[Outcome]) -> bool:
         """Does what follows from the end of a trial; returns whether it is to be tried again."""
-        run, seconds = flight.run, time.monotonic() - flight.since
+        run, seconds = flight.run, time.monotonic() - flight.slot.since
         try:
             outcome = future.result()
         except WorkerDiedError as error:
@@ -409,7 +421,7 @@ class Launcher:
             with suppress(Exception):  # what is broken may be the store
                 run.end("FAILED", error=outcome.reason)
         else:
-            if outcome.state == "COMPLETE" and not flight.is_first:
+            if outcome.state == "COMPLETE" and not flight.slot.is_first:
                 self.overheads.append(seconds - outcome.seconds)
             self.progress.seconds.append(seconds)
             self.tell(flight.trial, run, outcome, seconds=seconds)

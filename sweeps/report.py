@@ -29,7 +29,6 @@ TEMPLATES = Environment(
 SIZES = ("parameters", "fit_seconds")  # differ by factors: their axes are logarithmic
 SHADE = "#e5ecf6"  # behind points and lines the palest of which are white
 COLORS = {"COMPLETE": "#1f77b4", "PRUNED": "#c7c7c7", "FAIL": "#d62728"}
-SLACK = timedelta(seconds=0.5)  # a worker starts a trial before its last one is told
 CONTOURS = 3  # parameters whose pairs are drawn as contours
 # Trials that are drawn: the size of contours is the square of theirs.
 SPACE, CURVES, TIMES, FAILED = 200, 500, 2_000, 50
@@ -250,30 +249,24 @@ def _curves(trials: Sequence[FrozenTrial], objective: str) -> go.Figure:
 Span = tuple[datetime, datetime, FrozenTrial]
 
 
-def _lanes(trials: Sequence[FrozenTrial]) -> list[list[Span]]:
+def _lanes(trials: Sequence[FrozenTrial]) -> dict[int, list[Span]]:
     """When each worker was busy with what: the last try of each trial that ended."""
-    spans = []
+    lanes: dict[int, list[Span]] = {}
     for trial in trials:
-        seconds = trial.user_attrs.get("seconds", 0.0)
-        if trial.datetime_complete and seconds:
+        worker, seconds = trial.user_attrs.get("worker"), trial.user_attrs.get("seconds")
+        if trial.datetime_complete and worker and seconds:
             end = trial.datetime_complete
-            spans.append((end - timedelta(seconds=seconds), end, trial))
-    lanes: list[list[Span]] = []
-    for span in sorted(spans, key=lambda span: span[0]):
-        free = [lane for lane in lanes if lane[-1][1] <= span[0] + SLACK]
-        if free:  # the one that has been free for the shortest
-            max(free, key=lambda lane: lane[-1][1]).append(span)
-        else:
-            lanes.append([span])
+            span = (end - timedelta(seconds=seconds), end, trial)
+            lanes.setdefault(worker, []).append(span)
     return lanes
 
 
-def _timeline(lanes: Sequence[Sequence[Span]]) -> go.Figure:
+def _timeline(lanes: Mapping[int, Sequence[Span]]) -> go.Figure:
     figure = go.Figure()
     for state, color in COLORS.items():
         bars = [
-            (lane + 1, start, end, trial)
-            for lane, spans in enumerate(lanes)
+            (worker, start, end, trial)
+            for worker, spans in lanes.items()
             for start, end, trial in spans
             if trial.state.name == state
         ]
@@ -282,7 +275,7 @@ def _timeline(lanes: Sequence[Sequence[Span]]) -> go.Figure:
                 go.Bar(
                     base=[start for _, start, _, _ in bars],
                     x=[(end - start).total_seconds() * 1000 for _, start, end, _ in bars],
-                    y=[lane for lane, *_ in bars],
+                    y=[worker for worker, *_ in bars],
                     orientation="h",
                     name=state.lower(),
                     marker={"color": color, "line": {"color": "white", "width": 1}},
@@ -293,9 +286,7 @@ def _timeline(lanes: Sequence[Sequence[Span]]) -> go.Figure:
                 )
             )
     figure.update_layout(barmode="overlay", xaxis={"type": "date"})
-    figure.update_yaxes(
-        title="worker", tickvals=list(range(1, len(lanes) + 1)), autorange="reversed"
-    )
+    figure.update_yaxes(title="worker", tickvals=sorted(lanes), autorange="reversed")
     return figure
 
 

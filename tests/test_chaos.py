@@ -25,6 +25,7 @@ CHAOS = [sys.executable, "-m", "tests.chaos"]
 # Short waits, and few deaths of the launcher: each start takes ten seconds.
 SEED = 7219
 FAULTS, TRIALS = 10, 4
+BROKEN = "Traceback (most recent call last):"
 
 VALUES = "every COMPLETE trial has exactly one FINISHED run with the same value"
 PAIRS = "every trial has exactly one run, which ended as it did"
@@ -275,11 +276,38 @@ def test_a_process_that_is_left_is_found(copied: Copied) -> None:
 
 
 def test_a_traceback_is_found() -> None:
-    whole, broken = "Sweep chaos: 0 of 4 trials", "Traceback (most recent call last):\n  ..."
+    whole, broken = "Sweep chaos: 0 of 4 trials", f"{BROKEN}\n  ..."
 
     finding = find_tracebacks({"launch-01": whole, "launch-02": broken})
 
     assert (finding.invariant, finding.broken) == (TRACEBACKS, ["launch-02"])
+
+
+def test_only_what_python_says_of_a_parent_that_was_killed_is_no_traceback_of_ours() -> None:
+    said = orphaned()
+    also = f"{said}{BROKEN}\n  ..."
+
+    finding = find_tracebacks({"launch-01": f"Sweep chaos\n{said}Go on", "launch-02": also})
+
+    assert said.startswith(BROKEN)
+    assert finding.broken == ["launch-02"]
+
+
+def orphaned() -> str:
+    """What a process says whose parent was killed before it was told what to do."""
+    told, end = os.pipe()
+    os.close(end)
+    handles = f"tracker_fd={told}, pipe_handle={told}"
+    start = f"from multiprocessing.spawn import spawn_main; spawn_main({handles})"
+    ended = subprocess.run(
+        [sys.executable, "-c", start, "--multiprocessing-fork"],
+        pass_fds=[told],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    os.close(told)
+    return ended.stderr
 
 
 # --- its command line --------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """PostgreSQL that restarts in the middle of a sweep, as after a crash: FAULTS.md 24."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,11 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
+from pipeline.config import RunConfig
+from pipeline.endings import StopRun
+from pipeline.run import execute_run
+from pipeline.store import open_store
+from pipeline.tracking import create_run, replay
 from tests.launching import SWEEP, Started, wait_until
 from tests.servers import Postgresql
 from tests.stores import seconds_until_quiet
@@ -117,3 +122,33 @@ def test_every_epoch_is_recorded_and_reported_once(story: Story) -> None:
     assert steps == [(EPOCHS, EPOCHS, EPOCHS)] * TRIALS
     for trial in story.trials:
         assert list(trial.intermediate_values) == list(range(1, EPOCHS + 1))
+
+
+def test_a_run_that_is_gone_on_with_while_the_server_is_away_records_each_epoch_once(
+    postgresql: Postgresql,
+    configure: Callable[..., RunConfig],
+    tensorflow: None,
+    tmp_path: Path,
+) -> None:
+    uri, checkpoint = postgresql.new_database(), tmp_path / "training.npz"
+    where = [f"tracking.directory={tmp_path}", f"tracking.uri={uri}", "tracking.figures=false"]
+    settings = ["training.epochs=4", "model.hidden_units=8", "evaluate_test=false"]
+    config = configure("data=digits", *settings, *where)
+    run = create_run(open_store(config.tracking), "interrupted", {})
+
+    def stop(epoch: int, metrics: dict[str, float]) -> None:
+        if epoch == 2:
+            raise StopRun
+
+    with pytest.raises(StopRun):
+        execute_run(config, "", on_epoch_end=stop, into=run, checkpoint=checkpoint)
+    postgresql.control("-m", "immediate", "stop")
+    try:
+        execute_run(config, "", into=run, checkpoint=checkpoint)
+    finally:
+        postgresql.control("start")
+    replay(run.spool, run.store.uri)
+
+    told = "SELECT step FROM metrics WHERE key = 'val_accuracy' ORDER BY step"
+    assert query(uri, told) == [(1,), (2,), (3,), (4,)]
+    assert query(uri, "SELECT status FROM runs") == [("FINISHED",)]

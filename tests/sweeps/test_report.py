@@ -81,7 +81,7 @@ def trial_of(
         params=params,
         distributions={name: SPACE[name] for name in params},
         intermediate_values=dict(reported or {}),
-        user_attrs=attributes,
+        user_attrs={"worker": 1, **attributes},
     )
 
 
@@ -483,71 +483,65 @@ def test_the_library_that_draws_is_in_the_page_whole() -> None:
 NOON = datetime(2026, 1, 1, 12)  # as Optuna has it, in local time
 
 
-def span(start: float, end: float, *, state: TrialState = TrialState.COMPLETE) -> FrozenTrial:
+def span(
+    start: float, end: float, worker: int, *, state: TrialState = TrialState.COMPLETE
+) -> FrozenTrial:
     """A trial, in seconds after noon."""
     values = [0.5] if state == TrialState.COMPLETE else []
-    trial = trial_of(state, ONE, *values, seconds=end - start)
+    trial = trial_of(state, ONE, *values, seconds=end - start, worker=worker)
     trial.datetime_start = NOON + timedelta(seconds=start)
     trial.datetime_complete = NOON + timedelta(seconds=end)
     return trial
 
 
-def lanes_of(*spans: tuple[float, float]) -> list[list[tuple[float, float]]]:
-    """Seconds after noon, by lane."""
-    trials = [span(start, end) for start, end in spans]
-    return [
-        [((start - NOON).total_seconds(), (end - NOON).total_seconds()) for start, end, _ in lane]
-        for lane in _lanes(trials)
-    ]
+def lanes_of(*spans: tuple[float, float, int]) -> dict[int, list[tuple[float, float]]]:
+    """Seconds after noon, by worker."""
+    lanes = _lanes([span(*each) for each in spans])
+    return {
+        worker: [
+            ((start - NOON).total_seconds(), (end - NOON).total_seconds()) for start, end, _ in lane
+        ]
+        for worker, lane in lanes.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("spans", "lanes"),
     [
-        ([], []),
-        ([(0, 5)], [[(0, 5)]]),
-        ([(0, 5), (5, 9)], [[(0, 5), (5, 9)]]),
-        ([(5, 9), (0, 5)], [[(0, 5), (5, 9)]]),
-        ([(0, 5), (4, 9)], [[(0, 5)], [(4, 9)]]),
-        ([(0, 5), (4.5, 9)], [[(0, 5), (4.5, 9)]]),
-        ([(0, 5), (4.4, 9)], [[(0, 5)], [(4.4, 9)]]),
-        ([(0, 5), (0, 7), (5, 9), (7, 8)], [[(0, 5), (5, 9)], [(0, 7), (7, 8)]]),
-        ([(0, 9), (1, 2), (3, 4), (5, 6)], [[(0, 9)], [(1, 2), (3, 4), (5, 6)]]),
-        ([(0, 5), (0, 6), (0, 7)], [[(0, 5)], [(0, 6)], [(0, 7)]]),
+        ([], {}),
+        ([(0, 5, 1)], {1: [(0, 5)]}),
+        ([(0, 5, 1), (5, 9, 1)], {1: [(0, 5), (5, 9)]}),
+        ([(0, 5, 1), (4, 9, 2)], {1: [(0, 5)], 2: [(4, 9)]}),
+        ([(0, 5, 1), (3, 9, 1)], {1: [(0, 5), (3, 9)]}),
+        ([(0, 5, 1), (5, 9, 2)], {1: [(0, 5)], 2: [(5, 9)]}),
+        ([(0, 5, 3)], {3: [(0, 5)]}),
+        ([(0, 9, 2), (1, 2, 1), (3, 4, 1)], {2: [(0, 9)], 1: [(1, 2), (3, 4)]}),
     ],
     ids=str,
 )
-def test_trials_that_overlap_are_of_different_workers(
-    spans: list[tuple[float, float]], lanes: list[list[tuple[float, float]]]
+def test_a_trial_is_on_the_lane_of_its_worker_whatever_the_times(
+    spans: list[tuple[float, float, int]], lanes: dict[int, list[tuple[float, float]]]
 ) -> None:
     assert lanes_of(*spans) == lanes
 
 
-def test_a_worker_goes_on_with_what_comes_right_after_its_last_trial() -> None:
-    lanes = lanes_of((0, 5), (0, 9), (9, 12), (9.1, 12))
-
-    assert lanes == [[(0, 5), (9.1, 12)], [(0, 9), (9, 12)]]
-
-
 def test_a_sweep_that_is_resumed_after_a_pause_has_no_more_workers_for_it() -> None:
     day = 86_400
-    lanes = lanes_of((0, 5), (0, 6), (5, 9), (day, day + 5), (day + 1, day + 6), (day + 5, day + 9))
+    lanes = lanes_of((0, 5, 1), (0, 6, 2), (day, day + 5, 1), (day + 1, day + 6, 2))
 
-    assert lanes == [
-        [(0, 5), (5, 9), (day, day + 5), (day + 5, day + 9)],
-        [(0, 6), (day + 1, day + 6)],
-    ]
+    assert lanes == {1: [(0, 5), (day, day + 5)], 2: [(0, 6), (day + 1, day + 6)]}
 
 
 def test_a_trial_that_no_worker_was_busy_with_is_on_no_lane() -> None:
     refused = trial_of(TrialState.FAIL, ONE, reason="refused", seconds=0.0)
     running = trial_of(TrialState.RUNNING, ONE)
 
-    assert _lanes([refused, running, trial_of(TrialState.WAITING, {})]) == []
+    assert _lanes([refused, running, trial_of(TrialState.WAITING, {})]) == {}
 
 
 def test_the_time_line_has_a_bar_a_trial_in_the_colour_of_its_state() -> None:
-    trials = [span(0, 5), span(0, 2, state=TrialState.PRUNED), span(2, 3, state=TrialState.FAIL)]
+    pruned, failed = TrialState.PRUNED, TrialState.FAIL
+    trials = [span(0, 5, 1), span(0, 2, 2, state=pruned), span(2, 3, 2, state=failed)]
 
     traces = {trace["name"]: trace for trace in report(trials).figures[TIMES]["data"]}
 
@@ -656,5 +650,5 @@ def test_the_lanes_of_a_sweep_are_its_workers(real: tuple[Page, list[FrozenTrial
 
     lanes = _lanes(real[1])
 
-    assert len(lanes) == workers
-    assert sum(len(lane) for lane in lanes) == len(real[1])
+    assert sorted(lanes) == list(range(1, workers + 1))
+    assert sum(len(lane) for lane in lanes.values()) == len(real[1])
