@@ -18,7 +18,8 @@ from pipeline.compose import from_settings
 from pipeline.config import RunConfig, TrackingConfig
 from sweeps.board import find_sweeps, load_board, objectives_of
 from sweeps.config import OBJECTIVES, PromotionConfig
-from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
+from sweeps.executors import LocalExecutor, WorkerDiedError
+from sweeps.interruption import wait_for_ends
 from sweeps.launcher import MAX_DEATHS, TICK
 from sweeps.trial import METRICS, Outcome, Training, retrain
 
@@ -353,7 +354,7 @@ class Retraining:
                 for future in done:
                     waiting[:0] = self._settle(future, show)
         finally:
-            self._land(executor, show)
+            self._land(executor, received, show)
 
     def _submit(
         self, parent: Run, executor: LocalExecutor, candidate: Candidate, seed: int
@@ -415,13 +416,15 @@ class Retraining:
         shutil.rmtree(job.checkpoint.parent, ignore_errors=True)
         return []
 
-    def _land(self, executor: LocalExecutor, show: Callable[[str], None]) -> None:
+    def _land(
+        self, executor: LocalExecutor, received: Sequence[int], show: Callable[[str], None]
+    ) -> None:
         """Stops what is under way, and leaves it to be gone on with."""
         if not self.flights:
             return
         self.is_landing = True
         executor.interrupt()
-        done, running = wait(self.flights, timeout=GRACE)
+        done, running = wait_for_ends(self.flights, received)
         for future in done:
             with suppress(Exception):
                 self._settle(future, show)

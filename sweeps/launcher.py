@@ -21,7 +21,8 @@ from pipeline.config import without_password
 from pipeline.database import AwayError, lost_connection, patiently
 from sweeps.config import NoPrunerConfig
 from sweeps.display import SHOWN, Display, Running, trial_name
-from sweeps.executors import GRACE, LocalExecutor, WorkerDiedError
+from sweeps.executors import LocalExecutor, WorkerDiedError
+from sweeps.interruption import wait_for_ends
 from sweeps.parent import logarithms
 from sweeps.plan import Plan
 from sweeps.space import Values
@@ -338,7 +339,7 @@ class Launcher:
         """Stops what is under way, and leaves it to be gone on with."""
         if self.flights:
             self.executor.interrupt()
-            done, running = wait(self.flights, timeout=GRACE)
+            done, running = wait_for_ends(self.flights, self.received)
             for future in done:  # one that is told is no longer ours to end
                 self.settle(self.flights.pop(future), future)
             self.executor.stop(grace=0)
