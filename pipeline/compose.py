@@ -13,7 +13,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
-    ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
@@ -367,13 +366,13 @@ def _known_names(config_name: str) -> list[str]:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         loader = GlobalHydra.instance().config_loader()
-        groups = [group for group in loader.list_groups("") if group != "hydra"]
-        names = set(groups)
-        for group in groups:
-            for option in loader.get_group_options(group):
-                plus = "+" if group == "experiment" else ""
-                with suppress(ConfigCompositionException):  # a group of another root
-                    names.update(_leaves(hydra.compose(config_name, [f"{plus}{group}={option}"])))
+        names = {group for group in loader.list_groups("") if group != "hydra"}
+        root = hydra.compose(config_name, return_hydra_config=True)
+        ours = names & {*root.hydra.runtime.choices}
+        options = {group: loader.get_group_options(group) for group in ours}
+        for number in range(max(map(len, options.values()), default=1)):  # of one option a group
+            chosen = [f"{group}={each[number % len(each)]}" for group, each in options.items()]
+            names.update(_leaves(hydra.compose(config_name, chosen)))
     return sorted(names)
 
 

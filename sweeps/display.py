@@ -34,9 +34,9 @@ SHORT = {
 Z = 1.645  # of the normal distribution: 90 % lie within so many standard deviations
 
 
-def open_console(file: IO[str] = sys.stdout) -> Console:
+def open_console(file: IO[str] | None = None) -> Console:
     """Prints on a terminal, or into a file, which has no width at which to cut a table."""
-    width = None if file.isatty() else WIDTH
+    width = None if (file or sys.stdout).isatty() else WIDTH
     return Console(file=file, highlight=False, soft_wrap=True, markup=False, width=width)
 
 

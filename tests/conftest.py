@@ -20,9 +20,14 @@ from sqlalchemy import Engine, StaticPool, create_engine
 from pipeline import fast_imports
 from pipeline.compose import CONF, to_config
 from pipeline.config import RunConfig
-from tests.launching import run
+from tests.commands import call
 from tests.served import CHROMIUM, DRIVER, open_browser
 from tests.servers import POSTGRESQL, Postgresql
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, of few: tests often wait for what they started."""
+    return min(os.cpu_count() or 1, 4) + 1
 
 
 @pytest.hookimpl(wrapper=True)
@@ -139,7 +144,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 def _sweep_twice(folder: Path) -> None:
     folder.mkdir()
     for name, units in (("narrow", "4, 8"), ("wide", "64, 512")):
-        done = run(
+        done = call(
             "data=digits",
             f"model.hidden_units=tag(log, int(interval({units})))",
             "training.epochs=6",

@@ -24,7 +24,7 @@ from tests.stores import Stores, processes_in
 CHAOS = [sys.executable, "-m", "tests.chaos"]
 # Short waits, and few deaths of the launcher: each start takes ten seconds.
 SEED = 7219
-FAULTS, TRIALS = 10, 4
+FAULTS, TRIALS = 8, 4
 BROKEN = "Traceback (most recent call last):"
 
 VALUES = "every COMPLETE trial has exactly one FINISHED run with the same value"
@@ -80,13 +80,13 @@ def test_a_sweep_under_random_faults_keeps_every_invariant(suffered: Suffered) -
     assert rows[BUDGET] == f"{suffered.budget} of {suffered.budget}"
 
 
-def test_at_least_six_of_ten_faults_were_kills(suffered: Suffered) -> None:
+def test_at_least_five_of_eight_faults_were_kills(suffered: Suffered) -> None:
     pattern = r"^ *\d+\.\d s  fault +(\d+): (.+?): (?:process|for|cannot)"
     happened = re.findall(pattern, suffered.done.stdout, re.M)
 
     assert [int(number) for number, _ in happened] == list(range(1, FAULTS + 1))
     kinds = [kind for _, kind in happened]
-    assert sum(kind.startswith("kill") for kind in kinds) >= 6
+    assert sum(kind.startswith("kill") for kind in kinds) >= 5
     assert {"kill a worker", "kill the launcher", "kill both"} <= set(kinds)
     assert f"Seed {SEED}: {FAULTS} faults (" in suffered.done.stdout
 

@@ -4,7 +4,8 @@ import re
 import sys
 from pathlib import Path
 
-from tests.launching import SWEEP, Started, run, wait_until
+from tests.commands import call
+from tests.launching import SWEEP, Started, wait_until
 from tests.promotions import Bench
 from tests.stores import dump, epochs, parent_of, runs_of, seconds_until_quiet
 from tests.visits import fix, visit
@@ -16,7 +17,7 @@ def test_a_healthy_store_ends_with_0_and_a_line_a_check(swept: Path, tmp_path: P
     Bench(swept).copy(tmp_path)
     before = dump(tmp_path)
 
-    seen = run(command=DOCTOR, folder=tmp_path)
+    seen = call(command=DOCTOR, folder=tmp_path)
 
     assert (seen.returncode, seen.stderr) == (0, "")
     assert re.findall(r"^(\S+) +ok ", seen.stdout, re.M) == [
@@ -37,7 +38,7 @@ def test_a_killed_sweep_is_told_mended_and_can_be_gone_on_with(tmp_path: Path) -
         started.process.kill()
     assert seconds_until_quiet(tmp_path, limit=5.0) < 5.0
 
-    seen = run(command=DOCTOR, folder=tmp_path)
+    seen = call(command=DOCTOR, folder=tmp_path)
     mended, after = fix(tmp_path), visit(tmp_path)
 
     assert running.error == ""

@@ -18,6 +18,7 @@ import pytest
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.commands import call
 from tests.served import Served, open_ui, sees, text_of, wait
 
 Need = Callable[[object, str], None]
@@ -87,7 +88,7 @@ def test_a_run_writes_to_its_store_alone(ended: Ended) -> None:
 def test_the_command_that_repeats_a_run_gives_its_figures_again(ended: Ended) -> None:
     (command,) = re.findall(r"^Repeat: python (.*seed=2)$", ended.out, re.M)
 
-    again = run(*shlex.split(command)[2:], cwd=ended.folder)
+    again = call(*shlex.split(command)[2:], folder=ended.folder, command=RUN)
 
     figures = re.compile(r"^(?:epoch|Test score|Best).*$", re.M)
     assert figures.findall(again.stdout) == figures.findall(ended.out)[5:]
@@ -247,9 +248,9 @@ def test_a_run_logs_to_a_server_and_hides_its_password(
 
 
 def test_a_server_that_is_not_there_ends_in_one_line(tmp_path: Path) -> None:
-    done = run(
-        *QUICK, "tracking=server", "tracking.uri=http://127.0.0.1:9", cwd=tmp_path, timeout=60
-    )
+    away = ["tracking=server", "tracking.uri=http://127.0.0.1:9"]
+
+    done = call(*QUICK, *away, folder=tmp_path, command=RUN)
 
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

@@ -23,6 +23,7 @@ from pipeline import registry
 from pipeline.config import RunConfig
 from pipeline.run import execute_run
 from pipeline.store import search
+from tests.commands import call
 from tests.launching import ENVIRONMENT, ROOT, run, wait_until
 from tests.servers import free_port
 
@@ -57,7 +58,7 @@ def promote(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def predicted(folder: Path) -> subprocess.CompletedProcess[str]:
     files = ["images.npz", "a zero=0.png"]
-    return run(*files, "--out", "it's out.csv", folder=folder, command=PREDICT)
+    return call(*files, "--out", "it's out.csv", folder=folder, command=PREDICT)
 
 
 def test_the_command_says_the_digits_and_writes_them(
@@ -88,7 +89,7 @@ def test_the_command_says_the_digits_and_writes_them(
     ],
 )
 def test_a_mistake_ends_in_one_line(folder: Path, arguments: list[str], message: str) -> None:
-    done = run(*arguments, folder=folder, command=PREDICT)
+    done = call(*arguments, folder=folder, command=PREDICT)
 
     assert done.returncode == 1
     assert done.stderr == f"Error: {message.format(folder=folder)}\n"

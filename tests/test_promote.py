@@ -20,6 +20,7 @@ from pipeline.registry import CHALLENGER, previous_champion, read_ledger, versio
 from pipeline.store import NOTE, Recorded, read_run, search
 from sweeps.candidates import NothingToPromoteError
 from sweeps.promote import PromotionFailedError, main
+from tests.commands import call
 from tests.launching import run
 from tests.promotions import (
     NARROW,
@@ -95,7 +96,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tensorflow: None) -> Story:
     done = run(*FIRST, WORKER, folder=bench.folder, command=PROMOTE)
     assert done.returncode == 0, done.stderr
     first, before = promoted(bench, done.stdout), whole(bench.database)
-    repeated = run(*FIRST, WORKER, folder=bench.folder, command=PROMOTE)
+    repeated = call(*FIRST, WORKER, folder=bench.folder, command=PROMOTE)
     smaller = ("promote.rule=non_inferiority", "promote.margin=0.3", FREE)
     return Story(
         bench,
@@ -524,7 +525,7 @@ def test_an_empty_store_ends_with_status_3_in_one_line(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.create()
 
-    done = run(folder=tmp_path, command=PROMOTE)
+    done = call(folder=tmp_path, command=PROMOTE)
 
     assert done.returncode == 3
     assert done.stderr.count("\n") == 1
@@ -587,7 +588,7 @@ def test_whatever_becomes_a_path_stays_in_its_folder(name: str) -> None:
 
 
 def test_an_odd_name_on_the_command_line_creates_nothing(tmp_path: Path) -> None:
-    done = run("name=../up", folder=tmp_path, command=PROMOTE)
+    done = call("name=../up", folder=tmp_path, command=PROMOTE)
 
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from tests.commands import call
 from tests.invariants import check_invariants
 from tests.launching import SWEEP, Started, run, wait_until
 from tests.stores import (
@@ -137,7 +138,7 @@ def test_the_printed_command_repeats_the_best_trial_bit_for_bit(
         r"^Repeat trial (\d+), .*: python -m pipeline\.run (.*)$", ended.out, re.M
     )[0]
 
-    done = run(*shlex.split(command), folder=tmp_path, command=RUN)
+    done = call(*shlex.split(command), folder=tmp_path, command=RUN)
 
     assert done.returncode == 0, done.stderr
     sql = "SELECT value FROM latest_metrics WHERE key = 'best_val_accuracy'"
@@ -161,7 +162,7 @@ def test_the_command_of_each_run_repeats_its_trial_without_the_test_split(ended:
 def test_a_finished_sweep_prints_its_result_again_and_changes_nothing(ended: Ended) -> None:
     before = dump(ended.folder)
 
-    done = run(*REFERENCE, BUDGET, folder=ended.folder)
+    done = call(*REFERENCE, BUDGET, folder=ended.folder)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() in ended.out
@@ -173,7 +174,7 @@ def test_a_larger_budget_extends_a_finished_sweep_to_exactly_it(
 ) -> None:
     shutil.copytree(ended.folder / "mlruns", tmp_path / "mlruns")
 
-    done = run(*REFERENCE, f"sweep.trials={TRIALS + 2}", folder=tmp_path)
+    done = call(*REFERENCE, f"sweep.trials={TRIALS + 2}", folder=tmp_path)
 
     assert done.returncode == 0, done.stderr
     check_invariants(tmp_path, "reference", TRIALS + 2)
@@ -197,7 +198,7 @@ def test_a_sweep_that_was_started_differently_is_refused_with_the_difference(
 ) -> None:
     before = dump(ended.folder)
 
-    done = run(*REFERENCE, f"sweep.trials={TRIALS + 1}", change, folder=ended.folder)
+    done = call(*REFERENCE, f"sweep.trials={TRIALS + 1}", change, folder=ended.folder)
 
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
@@ -220,7 +221,7 @@ def test_a_sweep_killed_anywhere_ends_as_if_it_had_not_been(ended: Ended, tmp_pa
             assert started.end() == -9
         assert seconds_until_quiet(tmp_path, limit=5.0) < 5.0
 
-    done = run(*REFERENCE, BUDGET, folder=tmp_path)
+    done = call(*REFERENCE, BUDGET, folder=tmp_path)
 
     assert done.returncode == 0, done.stderr
     assert said(trials_of(tmp_path, "reference")) == said(ended.trials)
@@ -246,8 +247,8 @@ def test_several_objectives_end_with_the_pareto_front_and_time_can_be_added(
         "sweep.name=front",
     ]
 
-    short = run(*command, "sweep.timeout=1", folder=tmp_path)
-    whole = run(*command, "sweep.timeout=600", folder=tmp_path)
+    short = call(*command, "sweep.timeout=1", folder=tmp_path)
+    whole = call(*command, "sweep.timeout=600", folder=tmp_path)
 
     assert (short.returncode, short.stderr) == (0, "")
     assert "The time is up after 0 of 3 trials" in short.stdout
@@ -272,7 +273,7 @@ def dominates(one: list[float], other: list[float]) -> bool:
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
-    done = run("data=digits", "sweep.dry_run=true", folder=tmp_path)
+    done = call("data=digits", "sweep.dry_run=true", folder=tmp_path)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(
@@ -303,7 +304,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
 def test_a_mistake_ends_in_one_line_before_anything_is_stored(
     tmp_path: Path, argument: str, tells: str
 ) -> None:
-    done = run("data=digits", argument, folder=tmp_path)
+    done = call("data=digits", argument, folder=tmp_path)
 
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.commands import call
 from tests.invariants import check_invariants, check_whole
 from tests.launching import SWEEP, OnTerminal, Started, run, wait_until, without_escapes
 from tests.stores import (
     epochs,
     parent_of,
     processes_in,
-    query,
     runs_of,
     told,
     trials_of,
@@ -37,32 +37,6 @@ def wait_for_progress(folder: Path, trial: int) -> None:
     """Until a trial is a few epochs further: a worker has it in hand."""
     before = epochs(folder, trial)
     wait_until(lambda: epochs(folder, trial) > before + 3)
-
-
-# --- deaths ------------------------------------------------------------------------------
-
-
-def test_a_trial_survives_one_death_of_its_worker_and_fails_at_the_second(tmp_path: Path) -> None:
-    """Trial 0 loses one worker and is completed as the same run; trial 1 loses two."""
-    command = [*LONG, "sweep.trials=2", "executor.workers=1", "sweep.name=deaths"]
-    with Started(*SWEEP, *command, folder=tmp_path) as started:
-        for trial, death in ((0, "again"), (1, "again"), (1, "2 workers died")):
-            wait_for_progress(tmp_path, trial)
-            (worker,) = started.workers
-            worker.kill()
-            started.says(rf"trial {trial}.* {worker.pid} died \(exit code -9\).*{death}", limit=3)
-        assert started.end() == 0
-
-    check_invariants(tmp_path, "deaths", 2)
-    trials = trials_of(tmp_path, "deaths")
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert trials[1].user_attrs["reason"].startswith("worker process ")
-    history = query(
-        tmp_path / "mlruns" / "mlflow.db",
-        "SELECT step FROM metrics WHERE key = 'val_loss' AND run_uuid = "
-        f"'{trials[0].user_attrs['run_id']}' ORDER BY step",
-    )
-    assert history == [(step,) for step in range(1, 101)]
 
 
 # --- interruptions -----------------------------------------------------------------------
@@ -246,8 +220,8 @@ def test_failed_trials_are_told_with_their_reason_and_end_a_sweep_when_too_many(
         "sweep.name=failing",
     ]
 
-    given_up = run(*command, "sweep.max_failures=2", folder=tmp_path)
-    whole = run(*command, "sweep.max_failures=9", folder=tmp_path)
+    given_up = call(*command, "sweep.max_failures=2", folder=tmp_path)
+    whole = call(*command, "sweep.max_failures=9", folder=tmp_path)
 
     assert given_up.returncode == 1
     assert given_up.stderr.count("\n") == 1
@@ -305,9 +279,9 @@ def test_a_full_disk_ends_a_sweep_in_one_line_and_spares_what_it_has(
 # --- several sweeps at once --------------------------------------------------------------
 
 
-def test_four_sweeps_may_be_the_first_to_use_empty_stores(tmp_path: Path) -> None:
+def test_two_sweeps_may_be_the_first_to_use_empty_stores(tmp_path: Path) -> None:
     command = [*SMALL, "training.epochs=1", "sweep.trials=1", "executor.workers=1"]
-    names = ["north", "east", "south", "west"]
+    names = ["north", "south"]
     with ExitStack() as stack:
         sweeps = [
             stack.enter_context(Started(*SWEEP, *command, f"sweep.name={name}", folder=tmp_path))
@@ -315,7 +289,7 @@ def test_four_sweeps_may_be_the_first_to_use_empty_stores(tmp_path: Path) -> Non
         ]
         statuses = [sweep.end() for sweep in sweeps]
 
-    assert statuses == [0, 0, 0, 0], [sweep.text for sweep in sweeps]
+    assert statuses == [0, 0], [sweep.text for sweep in sweeps]
     for name in names:
         check_invariants(tmp_path, name, 1)
-    assert len({parent_of(tmp_path, name).run_id for name in names}) == 4
+    assert len({parent_of(tmp_path, name).run_id for name in names}) == 2

@@ -14,6 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from pipeline.pages import RUNS, RUNS_KEY, metric, run_page, runs_page
+from tests.commands import call
 from tests.launching import run
 from tests.served import Served, open_ui, text_of, visit, wait
 from tests.servers import free_port
@@ -492,7 +493,7 @@ def test_a_ui_beside_another_takes_the_next_free_port_and_ends_whole_however_it_
 def test_a_ui_with_nothing_to_show_ends_in_one_line(
     swept: Path, arguments: list[str], line: str
 ) -> None:
-    done = run(*arguments, folder=swept, command=UI)
+    done = call(*arguments, folder=swept, command=UI)
 
     assert done.returncode == 1
     assert re.fullmatch(f"{line}\n", done.stderr)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.compose import CONF, explain, to_config
 from pipeline.config import AdamConfig, RMSpropConfig, RunConfig, SGDConfig
+from tests.commands import start
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -103,16 +104,15 @@ def error_of(*overrides: str) -> Exception:
     ids=str,
 )
 def test_a_bad_command_line_ends_in_one_line_before_anything_is_imported_or_written(
-    arguments: list[str], told: list[str], run: Run, tmp_path: Path
+    arguments: list[str], told: list[str], tmp_path: Path
 ) -> None:
-    ended = run(*arguments)
+    ended = start("pipeline.run", *arguments, folder=tmp_path)
 
-    assert ended.returncode == 1
-    assert ended.stdout == ""
-    assert ended.stderr.startswith("Error: ")
-    assert ended.stderr.count("\n") == 1
-    assert [fragment for fragment in told if fragment not in ended.stderr] == []
-    assert written(tmp_path) == []
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith("Error: ")
+    assert ended.err.count("\n") == 1
+    assert [fragment for fragment in told if fragment not in ended.err] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("override", ["data=digits", "seed=${training.epochs}"])
@@ -160,11 +160,13 @@ def test_a_multirun_tells_each_bad_job_in_one_line_and_goes_on(run: Run, tmp_pat
     ],
     ids=str,
 )
-def test_a_password_on_a_bad_command_line_is_not_repeated(arguments: list[str], run: Run) -> None:
-    ended = run(*arguments)
+def test_a_password_on_a_bad_command_line_is_not_repeated(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    ended = start("pipeline.run", *arguments, folder=tmp_path)
 
-    assert ended.returncode == 1
-    assert "hunter2" not in ended.stdout + ended.stderr
+    assert ended.status == 1
+    assert "hunter2" not in ended.out + ended.err
 
 
 def test_help_shows_every_group_with_its_options_and_commands_to_begin_with(

@@ -36,6 +36,7 @@ from pipeline.repeat import (
 from pipeline.run import execute_run
 from pipeline.store import Recorded, open_store, read_run, search
 from pipeline.tracking import create_run
+from tests.commands import call
 from tests.launching import run
 from tests.stores import parent_of, query
 
@@ -121,7 +122,9 @@ def swept_here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of a sweep of two trials that repetitions may be recorded in."""
     folder = tmp_path_factory.mktemp("swept")
     settings = ["data=digits", "model.hidden_units=32", "training.epochs=3", "pruner=none"]
-    done = run(*settings, "sweep.trials=2", "sweep.name=short", "executor.workers=1", folder=folder)
+    done = call(
+        *settings, "sweep.trials=2", "sweep.name=short", "executor.workers=1", folder=folder
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -134,7 +137,7 @@ def trial(swept_here: Path) -> str:
 
 
 def test_a_trial_that_a_worker_executed_is_repeated_exactly(swept_here: Path, trial: str) -> None:
-    done = run(f"run={trial}", folder=swept_here, command=REPEAT)
+    done = call(f"run={trial}", folder=swept_here, command=REPEAT)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert "epoch 3 of 3" in done.stdout
@@ -162,7 +165,7 @@ def test_the_run_of_a_sweep_is_refused_with_the_way_to_its_trials(swept_here: Pa
 
 
 def test_a_repetition_of_no_run_ends_in_one_line(tmp_path: Path) -> None:
-    done = run(folder=tmp_path, command=REPEAT)
+    done = call(folder=tmp_path, command=REPEAT)
 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "Error: run must be the id of a recorded run, got None.\n"

@@ -1,41 +1,10 @@
 """The command line of a sweep: how a mistake is told, before anything is imported or stored."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.compose import CONF
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def sweep(tmp_path: Path) -> Run:
-    """Runs the command line in an empty folder, where TensorFlow and MLflow cannot be imported."""
-    traps = tmp_path / "traps"
-    traps.mkdir()
-    for library in ("tensorflow", "keras", "mlflow"):
-        (traps / f"{library}.py").write_text(f"raise SystemExit('{library} was imported')")
-    (tmp_path / "empty").mkdir()
-    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(traps), str(CONF.parent)])
-
-    def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "sweeps.run", "data=digits", *arguments],
-            cwd=tmp_path / "empty",
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    return sweep
+from tests.commands import start
 
 
 @pytest.mark.parametrize(
@@ -63,33 +32,31 @@ def sweep(tmp_path: Path) -> Run:
     ],
 )
 def test_a_mistake_ends_in_one_line_before_anything_is_imported_or_written(
-    argument: str, told: str, sweep: Run, tmp_path: Path
+    argument: str, told: str, tmp_path: Path
 ) -> None:
-    ended = sweep(argument)
+    ended = start("sweeps.run", "data=digits", argument, folder=tmp_path)
 
-    assert ended.returncode == 1
-    assert ended.stdout == ""
-    assert ended.stderr.startswith("Error: ")
-    assert told in ended.stderr
-    assert ended.stderr.count("\n") == 1
-    assert list((tmp_path / "empty").iterdir()) == []
-
-
-def test_the_configuration_of_a_sweep_is_shown_without_running_it(
-    sweep: Run, tmp_path: Path
-) -> None:
-    ended = sweep("search=deep", "sweep.trials=7", "model.l2=interval(0, 1)", "--cfg", "job")
-
-    assert ended.returncode == 0
-    assert ended.stderr == ""
-    assert {"sampler:", "  trials: 7", "evaluate_test: false"} <= {*ended.stdout.splitlines()}
-    assert list((tmp_path / "empty").iterdir()) == []
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith("Error: ")
+    assert told in ended.err
+    assert ended.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_help_shows_the_groups_of_a_sweep(sweep: Run) -> None:
-    ended = sweep("--help")
+def test_the_configuration_of_a_sweep_is_shown_without_running_it(tmp_path: Path) -> None:
+    arguments = ["data=digits", "search=deep", "sweep.trials=7", "model.l2=interval(0, 1)"]
 
-    lines = {*ended.stdout.splitlines()}
-    assert ended.returncode == 0
+    ended = start("sweeps.run", *arguments, "--cfg", "job", folder=tmp_path)
+
+    assert (ended.status, ended.err) == (0, "")
+    assert {"sampler:", "  trials: 7", "evaluate_test: false"} <= {*ended.out.splitlines()}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_the_groups_of_a_sweep(tmp_path: Path) -> None:
+    ended = start("sweeps.run", "data=digits", "--help", folder=tmp_path)
+
+    lines = {*ended.out.splitlines()}
+    assert ended.status == 0
     assert {"search: deep, mlp", "sampler: cmaes, grid, qmc, random, tpe"} <= lines
     assert "pruner: asha, hyperband, median, none" in lines

@@ -23,7 +23,7 @@ from pipeline.store import Recorded
 from sweeps.board import Board, Comparison, Row
 from sweeps.config import ChosenConfig, LeaderboardConfig
 from sweeps.leaderboard import board_records, board_table, main, sweeps_records, verdict
-from tests.launching import run
+from tests.commands import call
 
 LEADERBOARD = [sys.executable, "-m", "sweeps.leaderboard"]
 
@@ -408,7 +408,7 @@ def test_a_table_in_a_file_is_cut_nowhere(swept: Path, tmp_path: Path) -> None:
 
 
 def test_the_latest_sweep_is_a_table(swept: Path) -> None:
-    ended = run(folder=swept, command=LEADERBOARD)
+    ended = call(folder=swept, command=LEADERBOARD)
 
     lines = ended.stdout.splitlines()
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -423,7 +423,7 @@ def test_the_latest_sweep_is_a_table(swept: Path) -> None:
 def test_two_sweeps_end_with_a_verdict(swept: Path, tmp_path: Path) -> None:
     directory = f"tracking.directory={swept / 'mlruns'}"
 
-    ended = run("sweep.name=[narrow,wide]", directory, folder=tmp_path, command=LEADERBOARD)
+    ended = call("sweep.name=[narrow,wide]", directory, folder=tmp_path, command=LEADERBOARD)
 
     *_, told, see_narrow, see_wide = ended.stdout.splitlines()
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -439,7 +439,7 @@ def test_a_csv_file_has_every_complete_trial(swept: Path, tmp_path: Path) -> Non
     out = tmp_path / "trials.csv"
     overrides = ["sweep.name=narrow", "format=csv", "rows=null", f"out={out}"]
 
-    ended = run(*overrides, folder=swept, command=LEADERBOARD)
+    ended = call(*overrides, folder=swept, command=LEADERBOARD)
 
     rows = list(csv.DictReader(out.read_text().splitlines()))
     accuracies = [float(row["val_accuracy"]) for row in rows]
@@ -457,7 +457,7 @@ def test_a_json_file_has_the_best_trials_of_each_sweep_asked_for(
     out = tmp_path / "trials.json"
     overrides = ["sweep.name=[wide,narrow]", "format=json", f"out={out}"]
 
-    ended = run(*overrides, folder=swept, command=LEADERBOARD)
+    ended = call(*overrides, folder=swept, command=LEADERBOARD)
 
     records = json.loads(out.read_text())
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
@@ -479,7 +479,7 @@ def test_a_json_file_has_the_best_trials_of_each_sweep_asked_for(
 def test_a_mistake_is_told_in_one_line(argument: str, told: str, swept: Path) -> None:
     before = sorted(swept.iterdir())
 
-    ended = run(argument, folder=swept, command=LEADERBOARD)
+    ended = call(argument, folder=swept, command=LEADERBOARD)
 
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.startswith("Error: " + told.format(folder=swept))
