@@ -147,8 +147,8 @@ def test_a_store_that_was_left_alone_breaks_nothing(copied: Copied) -> None:
         ),
         pytest.param(
             [
-                "UPDATE tags SET value = (SELECT max(value) FROM tags WHERE key = 'trial') "
-                f"WHERE key = 'trial' AND run_uuid = {FINISHED}"
+                "UPDATE tags SET value = (SELECT max(value) FROM tags WHERE key = 'trial' "
+                f"AND run_uuid != {FINISHED}) WHERE key = 'trial' AND run_uuid = {FINISHED}"
             ],
             {VALUES, PAIRS},
             id="a trial has two runs",
