@@ -1,5 +1,6 @@
 """Sweeps as a user starts them: real processes, with or without a terminal."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -43,6 +44,32 @@ def wait_until(holds: Callable[[], object], *, limit: float = 120) -> None:
     while not holds():
         assert time.monotonic() < deadline, "what the test waits for did not happen"
         time.sleep(STEP)
+
+
+def seconds_until_none(alive: Callable[[], Sequence[psutil.Process]], *, limit: float) -> float:
+    """Waits until there are no such processes; the limit when some remain.
+
+    The time for which they were ready to run and had no core does not count: others had it.
+    """
+    start, lost = time.monotonic(), 0.0
+    before: dict[int, float] = {}
+    while processes := alive():
+        for process in processes:
+            waited = seconds_without_core(process.pid)
+            lost = max(lost, waited - before.setdefault(process.pid, waited))
+        if time.monotonic() - start - lost > limit:
+            return limit
+        time.sleep(STEP)
+    return time.monotonic() - start - lost
+
+
+def seconds_without_core(process: int) -> float:
+    """For which a thread of a process was ready to run, and others had the cores: the longest."""
+    waited = [0]
+    for thread in Path(f"/proc/{process}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            waited.append(int(thread.read_text().split()[1]))
+    return max(waited) / 1e9
 
 
 class Started:

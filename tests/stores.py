@@ -2,7 +2,6 @@
 
 import contextlib
 import sqlite3
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ import optuna
 import psutil
 import sqlalchemy
 from optuna.trial import FrozenTrial
+
+from tests.launching import seconds_until_none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +174,4 @@ def processes_in(folder: Path) -> list[psutil.Process]:
 
 def seconds_until_quiet(folder: Path, *, limit: float) -> float:
     """Waits until no process is left in a folder; the limit when some remain."""
-    start = time.monotonic()
-    while processes_in(folder):
-        if time.monotonic() - start > limit:
-            return limit
-        time.sleep(0.05)
-    return time.monotonic() - start
+    return seconds_until_none(lambda: processes_in(folder), limit=limit)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from sweeps.executors import LocalExecutor, WorkerDiedError
+from tests.launching import seconds_until_none
 
 ROOT = Path(__file__).resolve().parents[2]
 EXECUTORS = {"local": LocalExecutor}
@@ -185,6 +186,10 @@ def is_gone(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def living(workers: Sequence[psutil.Process]) -> list[psutil.Process]:
+    return [worker for worker in workers if not is_gone(worker)]
 
 
 def error_of(future: Future[Any], seconds: float = SOON) -> BaseException | None:
@@ -541,7 +546,7 @@ def test_the_workers_of_a_launcher_that_is_killed_end_within_seconds(
         launcher.kill()
 
         assert len(workers) == 2
-        until(lambda: all(is_gone(worker) for worker in workers), seconds=5)
+        assert seconds_until_none(lambda: living(workers), limit=5) < 5
 
 
 def test_a_paused_worker_of_a_launcher_that_is_killed_never_goes_on(tmp_path: Path) -> None:
@@ -554,5 +559,5 @@ def test_a_paused_worker_of_a_launcher_that_is_killed_never_goes_on(tmp_path: Pa
 
         launcher.kill()
 
-        until(lambda: is_gone(worker), seconds=5)
+        assert seconds_until_none(lambda: living([worker]), limit=5) < 5
         assert not (tmp_path / "woken").exists()
