@@ -100,7 +100,11 @@ def execute_run(
             epochs=config.training.epochs,
         )
         recorded = run.known_metrics if into else {"epoch": 0.0}
+        # A store that is away cannot say which epochs an earlier process has told it.
+        once = "epoch" not in recorded
         best = {name: value for name, value in recorded.items() if name.startswith("best_")}
+        if once:
+            best = _best_before(checkpoint)
         hook_seconds: list[float] = []
 
         def report(epoch: int, metrics: Metrics) -> None:
@@ -109,8 +113,6 @@ def execute_run(
                 if metrics.get("val_accuracy", -1.0) > best.get("best_val_accuracy", -1.0):
                     best.update(best_val_accuracy=metrics["val_accuracy"], best_epoch=epoch)
                 # The UI's page that compares runs begins with what was recorded first.
-                # A store that is away cannot say which epochs an earlier process has told it.
-                once = "epoch" not in recorded
                 run.log_metrics({**best, "epoch": epoch, **metrics}, step=epoch, once=once)
             on_epoch_end(epoch, metrics)
             hook_seconds.append(time.perf_counter() - begin)
@@ -145,6 +147,20 @@ def execute_run(
         address=run.address,
         spool=None if run.spool.is_empty else run.spool.folder,
     )
+
+
+def _best_before(checkpoint: Path | None) -> Metrics:
+    """Best epoch, by the checkpoint, of those after which a training goes on."""
+    from pipeline.checkpoint import load_checkpoint
+
+    try:
+        epochs = load_checkpoint(checkpoint).epochs if checkpoint else []
+    except (FileNotFoundError, ValueError):  # the training starts anew, and says so
+        return {}
+    values = [epoch.get("val_accuracy", -1.0) for epoch in epochs]
+    if max(values, default=-1.0) < 0:  # without validation
+        return {}
+    return {"best_val_accuracy": max(values), "best_epoch": values.index(max(values)) + 1}
 
 
 def look_at_test(run: Run, model: keras.Model, data: Data) -> tuple[Metrics, Evaluation]:

@@ -617,7 +617,9 @@ def _now() -> int:
 
 
 def _progress(metrics: Mapping[str, float]) -> str:
-    if not metrics.get("epoch"):
+    if "epoch" not in metrics:  # the store is away, and knows more
+        return "stopped"
+    if not metrics["epoch"]:
         return "stopped before the end of its first epoch"
     stopped = f"stopped after epoch {metrics['epoch']:.0f}"
     if "best_val_accuracy" not in metrics:

@@ -132,8 +132,9 @@ def test_a_run_that_is_gone_on_with_while_the_server_is_away_records_each_epoch_
 ) -> None:
     uri, checkpoint = postgresql.new_database(), tmp_path / "training.npz"
     where = [f"tracking.directory={tmp_path}", f"tracking.uri={uri}", "tracking.figures=false"]
-    settings = ["training.epochs=4", "model.hidden_units=8", "evaluate_test=false"]
-    config = configure("data=digits", *settings, *where)
+    settings = ["training.epochs=4", "model.hidden_units=64", "evaluate_test=false"]
+    worse = ["optimizer=sgd", "optimizer.learning_rate=1.0"]  # each epoch than the first
+    config = configure("data=digits", *settings, *worse, *where)
     run = create_run(open_store(config.tracking), "interrupted", {})
 
     def stop(epoch: int, metrics: dict[str, float]) -> None:
@@ -144,7 +145,7 @@ def test_a_run_that_is_gone_on_with_while_the_server_is_away_records_each_epoch_
         execute_run(config, "", on_epoch_end=stop, into=run, checkpoint=checkpoint)
     postgresql.control("-m", "immediate", "stop")
     try:
-        execute_run(config, "", into=run, checkpoint=checkpoint)
+        result = execute_run(config, "", into=run, checkpoint=checkpoint)
     finally:
         postgresql.control("start")
     replay(run.spool, run.store.uri)
@@ -152,3 +153,6 @@ def test_a_run_that_is_gone_on_with_while_the_server_is_away_records_each_epoch_
     told = "SELECT step FROM metrics WHERE key = 'val_accuracy' ORDER BY step"
     assert query(uri, told) == [(1,), (2,), (3,), (4,)]
     assert query(uri, "SELECT status FROM runs") == [("FINISHED",)]
+    best = "SELECT value FROM latest_metrics WHERE key IN ('best_epoch', 'best_val_accuracy') "
+    recorded = query(uri, f"{best} ORDER BY key")
+    assert recorded == [(1,), (result.metrics["best_val_accuracy"],)]
