@@ -48,7 +48,9 @@ def check_spool(stores: Stores) -> Check:
         with stores.alone(_tags_of(stores, spool.about["run_id"])):
             if not spool.is_left:
                 raise OSError("another process has taken it up.")
-            return f"told {count(replay(spool, stores.uri), 'entry')}"
+            told = replay(spool, stores.uri)
+            stores.behind.discard(spool.folder.name)  # it may have had no end to tell
+            return f"told {count(told, 'entry')}"
 
     for spool in spools(stores.directory / "spool"):
         stores.behind.add(spool.folder.name)

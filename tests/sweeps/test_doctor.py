@@ -264,6 +264,21 @@ def test_what_a_dead_process_could_not_tell_is_told(folder: Path, dead: str) -> 
     assert not spool.exists()
 
 
+def test_a_run_whose_process_was_killed_before_it_had_an_end_to_tell_is_ended(
+    folder: Path, dead: str
+) -> None:
+    run = running(folder, dead)
+    run.spool.add({"kind": "tags", "tags": {"told": "late"}}, run._about)
+    about = run.spool.folder / "run.json"
+    about.write_text(json.dumps(run.spool.about | {"owner": dead}), encoding="utf-8")
+
+    mended, after = fix(folder), visit(folder)
+
+    assert mended.of("mended").keys() == {"spool", "runs"}
+    assert (mended.error, after.error) == ("", "")
+    assert (run.status, run.tags["told"]) == ("KILLED", "late")
+
+
 @pytest.mark.parametrize("owner", [me(), "elsewhere 1 1"], ids=["alive", "elsewhere"])
 def test_what_a_process_that_may_live_is_to_tell_is_left_to_it(owner: str, folder: Path) -> None:
     spool = spooled(folder, owner)
