@@ -147,6 +147,11 @@ def _connecting(uri: str) -> Iterator[None]:
                 f"tracking.uri: {shown} asks for a user and a password it knows: set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             ) from error
+        if "Invalid Host header" in str(error):
+            raise PermissionError(
+                f"tracking.uri: the server does not know itself by the name in {shown}: add that "
+                "to its --allowed-hosts."
+            ) from error
         if error.error_code == "PERMISSION_DENIED":
             raise PermissionError(
                 f"tracking.experiment: the user at {shown} may not read it: ask whoever made it, "
