@@ -21,6 +21,11 @@ def me() -> str:
     return f"{platform.node()} {os.getpid()} {start_of(psutil.Process())} {_boot()}"
 
 
+def machine() -> str:
+    """This machine, or container, since its start."""
+    return f"{platform.node()} {_boot()}"
+
+
 def start_of(process: psutil.Process) -> int:
     """Of a process, in seconds since the machine's start."""
     return round(process.create_time() - psutil.boot_time())

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.compose import from_settings
 from pipeline.config import RunConfig, TrackingConfig
+from pipeline.owner import machine
 from sweeps.board import find_sweeps, load_board, objectives_of
 from sweeps.config import OBJECTIVES, PromotionConfig
-from sweeps.executors import LocalExecutor, WorkerDiedError
+from sweeps.executors import Executor, WorkerDiedError
 from sweeps.interruption import wait_for_ends
 from sweeps.launcher import MAX_DEATHS, TICK
 from sweeps.trial import METRICS, Outcome, Training, retrain
@@ -326,8 +327,7 @@ class Retraining:
         self,
         missing: Sequence[tuple[Candidate, int]],
         parent: Run,
-        executor: LocalExecutor,
-        workers: int,
+        executor: Executor,
         *,
         received: Sequence[int],
         show: Callable[[str], None],
@@ -337,8 +337,7 @@ class Retraining:
         Args:
             missing: Candidates and seeds.
             parent: The promotion's run, under which each is nested.
-            executor: Of so many workers.
-            workers: At once.
+            executor: Trains.
             received: Signals that tell to stop; grows meanwhile.
             show: Called with a line when a training has ended.
 
@@ -348,7 +347,7 @@ class Retraining:
         waiting = list(missing)
         try:
             while (waiting or self.flights) and not received:
-                while waiting and len(self.flights) < workers:
+                while waiting and len(self.flights) < executor.workers:
                     self._submit(parent, executor, *waiting.pop(0))
                 done, _ = wait(self.flights, timeout=TICK, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -356,9 +355,7 @@ class Retraining:
         finally:
             self._land(executor, received, show)
 
-    def _submit(
-        self, parent: Run, executor: LocalExecutor, candidate: Candidate, seed: int
-    ) -> None:
+    def _submit(self, parent: Run, executor: Executor, candidate: Candidate, seed: int) -> None:
         from pipeline.tracking import create_run
 
         run = self._find(candidate, seed)
@@ -375,6 +372,8 @@ class Retraining:
             run=run,
             checkpoint=folder / "training.npz",
             objectives=(candidate.objective,),
+            home=machine(),
+            patience=0.0,
         )
         self.flights[executor.submit(retrain, job)] = candidate, seed, job
 
@@ -383,9 +382,7 @@ class Retraining:
     ) -> list[tuple[Candidate, int]]:
         """Does what follows from the end of a training; returns what is to be tried again."""
         candidate, seed, job = self.flights.pop(future)
-        run = self._find(candidate, seed)
-        assert run is not None
-        title = f"{candidate.title}  seed {seed}"
+        run, title = job.run, f"{candidate.title}  seed {seed}"
         try:
             outcome = future.result()
         except WorkerDiedError as error:
@@ -417,7 +414,7 @@ class Retraining:
         return []
 
     def _land(
-        self, executor: LocalExecutor, received: Sequence[int], show: Callable[[str], None]
+        self, executor: Executor, received: Sequence[int], show: Callable[[str], None]
     ) -> None:
         """Stops what is under way, and leaves it to be gone on with."""
         if not self.flights:
@@ -430,10 +427,9 @@ class Retraining:
                 self._settle(future, show)
         executor.stop(grace=0)
         for future in running:
-            candidate, seed, _ = self.flights.pop(future)
+            _, _, job = self.flights.pop(future)
             with suppress(Exception):
-                if run := self._find(candidate, seed):
-                    run.end("KILLED")
+                job.run.end("KILLED")
 
     def _find(self, candidate: Candidate, seed: int) -> Run | None:
         from pipeline.tracking import find_run

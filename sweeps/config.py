@@ -1,5 +1,6 @@
 """What a sweep is made of, beyond the run it repeats. The defaults stand in `conf/`."""
 
+import math
 import os
 import re
 from dataclasses import dataclass, fields
@@ -231,11 +232,11 @@ PRUNERS: dict[str, type[PrunerConfig]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutorConfig:
-    """Where trials are executed. Defaults: `conf/executor/`.
+    """Warm processes on this machine. Defaults: `conf/executor/`.
 
     Attributes:
-        workers: Trials at once, each in a warm process; null: as many as the processor cores
-            allow at `training.threads` each.
+        workers: Trials at once; null: as many as the processor cores allow at
+            `training.threads` each.
     """
 
     name: str
@@ -245,12 +246,53 @@ class ExecutorConfig:
         if self.workers is not None:
             check(1 <= self.workers <= 1024, "executor.workers", "in [1, 1024]", self.workers)
 
-    def count(self, threads: int) -> int:
-        """Trials at once, of so many threads each."""
+    def count(self, threads: int) -> int | None:
+        """Trials at once, of so many threads each; None where that is known later."""
         return self.workers or max(1, len(os.sched_getaffinity(0)) // threads)
 
 
-EXECUTORS: dict[str, type[ExecutorConfig]] = {"local": ExecutorConfig}
+@dataclass(frozen=True, kw_only=True)
+class RayConfig(ExecutorConfig):
+    """The nodes of a Ray cluster.
+
+    Attributes:
+        workers: Trials at once; null: as many as there is room for at the start.
+        address: `auto`, `HOST:PORT` of its head, `ray://HOST:PORT` from outside of it; null:
+            RAY_ADDRESS, else the cluster that runs on this machine, else one for this sweep.
+        cpus: Processor cores of a worker, a fraction too; null: `training.threads`.
+        memory: Of a worker, in GiB; null: not asked for.
+        gpus: Of a worker, a fraction too.
+    """
+
+    address: str | None
+    cpus: float | None
+    memory: float | None
+    gpus: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("cpus", "memory"):
+            value = getattr(self, name)
+            if value is not None:
+                check(0 < value < math.inf, f"executor.{name}", "positive or null", value)
+        check(0 <= self.gpus < math.inf, "executor.gpus", "0 or more", self.gpus)
+        whole = self.gpus < 1 or self.gpus == int(self.gpus)
+        check(whole, "executor.gpus", "a whole number from 1 on", self.gpus)
+
+    def count(self, threads: int) -> int | None:
+        return self.workers
+
+    def asked(self, threads: int) -> dict[str, float]:
+        """What a worker of so many threads takes, by Ray's names of it."""
+        asked = {
+            "CPU": self.cpus or threads,
+            "memory": int((self.memory or 0) * 2**30),
+            "GPU": self.gpus,
+        }
+        return {name: amount for name, amount in asked.items() if amount}
+
+
+EXECUTORS: dict[str, type[ExecutorConfig]] = {"local": ExecutorConfig, "ray": RayConfig}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,10 +116,12 @@ def _estimate(plan: Plan, data: Data, pace: float, *, largest: int) -> str:
     configs = [plan.trial_config(values) for values in _draw(plan)]
     seconds = mean(_seconds(config, data, pace) for config in configs) * plan.trials
     disk = mean(_parameters(config, data) for config in configs) * 4 + RUN_DISK
-    memory = plan.workers * (WORKER_MEMORY + largest * 20)
+    workers = plan.workers or 1
+    memory = workers * (WORKER_MEMORY + largest * 20)
+    at_once = f"{workers} at once" if plan.workers else "a single worker"
     return (
-        f"\n{plan.trials} trials, {plan.workers} at once: "
-        f"about {duration(seconds / plan.workers)} without pruning and early stopping; about "
+        f"\n{plan.trials} trials, {at_once}: "
+        f"about {duration(seconds / workers)} without pruning and early stopping; about "
         f"{_size(plan.trials * disk)} of disk, {_size(memory)} of memory."
     )
 

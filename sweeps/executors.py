@@ -1,92 +1,116 @@
-"""Where workers live.
+"""Where workers live: processes of this machine, or the nodes of a Ray cluster.
 
 An executor has `submit(function, *arguments) -> Future`, with the death of a worker as
-`WorkerDiedError` in the future, and `stop()`.
-
-Its processes are our own, one pipe each, because pools share more: one worker killed at the wrong
-moment breaks all of a `ProcessPoolExecutor`, and holds the lock of `pebble`'s common pipe for ever.
+`WorkerDiedError` in the future, and `stop()`. What differs is the kind of its workers.
 """
 
-import contextlib
-import ctypes
-import multiprocessing
-import multiprocessing.connection
-import os
 import queue
-import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
-from types import FrameType
-from typing import Any, Self, TypeVar
+from multiprocessing.reduction import ForkingPickler
+from typing import Protocol, Self, TypeVar
+
+from sweeps.config import ExecutorConfig, RayConfig
+from sweeps.processes import Process, WorkerDiedError
+
+__all__ = ["GRACE", "Executor", "LocalExecutor", "WorkerDiedError", "open_executor"]
 
 T = TypeVar("T")
 
 GRACE = 6.0  # seconds to end a trial that is told to stop, before its worker is killed
 
-_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
-_SPAWN = multiprocessing.get_context("spawn")  # TensorFlow does not survive a fork
+class Worker(Protocol):
+    """Does one job at a time; as `sweeps.processes.Process`, which says more."""
+
+    def when_placed(self, tell: Callable[[], None]) -> None:
+        """Calls, once the worker has room on a machine or never will have."""
+
+    def exchange(self, request: bytes) -> bytes: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def interrupt(self) -> None: ...
+
+    def end(self, deadline: float) -> None: ...
 
 
-class WorkerDiedError(RuntimeError):
-    """The worker ended before its job was done."""
-
-
-class LocalExecutor:
-    """Warm processes on this machine, one job at a time each; one that dies is replaced.
+class Executor:
+    """Warm workers, one job at a time each; one that dies is replaced.
 
     Args:
-        workers: Number of processes.
-        warm_up: Called in each before its first job.
+        workers: How many.
+        start: Starts one.
     """
 
-    def __init__(self, workers: int, warm_up: Callable[[], None]) -> None:
-        self._warm_up = warm_up
-        self._stopped = False
+    def __init__(self, workers: int, start: Callable[[], Worker]) -> None:
+        self._start, self._stopped = start, False
         self._replacing = threading.Lock()
-        self._workers = [_Worker(warm_up) for _ in range(workers)]
+        self._workers: dict[int, Worker] = {}
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for number in range(workers):
-            self._idle.put(number)
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="worker")
+        for number in range(workers):
+            self._begin(number)
+
+    @property
+    def workers(self) -> int:
+        return len(self._workers)
+
+    def _begin(self, number: int) -> None:
+        worker = self._workers[number] = self._start()
+        worker.when_placed(lambda: self._idle.put(number))
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Executes a module's function in a worker, as soon as one is idle."""
         return self._threads.submit(self._execute, function, *arguments)
 
     def _execute(self, function: Callable[..., T], *arguments: object) -> T:
-        number = self._idle.get()
+        number = self._take()
         try:
-            if not self._workers[number].is_alive:  # it died idle: not of this job
-                self._replace(number)
-            return self._workers[number].execute(function, *arguments)
+            request = ForkingPickler.dumps((function, arguments))
+            reply = self._workers[number].exchange(bytes(request))
         except WorkerDiedError:
             self._replace(number)
             raise
-        finally:
+        except BaseException:
             self._idle.put(number)
+            raise
+        self._idle.put(number)
+        succeeded, result = ForkingPickler.loads(reply)
+        if succeeded:
+            return result  # type: ignore[no-any-return]
+        raise result
+
+    def _take(self) -> int:
+        """A worker that is idle; one that died so is replaced: not of this job."""
+        while True:
+            number = self._idle.get()
+            if self._stopped or self._workers[number].is_alive:
+                return number
+            self._replace(number)
 
     def _replace(self, number: int) -> None:
         with self._replacing:
-            if not self._stopped:
-                self._workers[number] = _Worker(self._warm_up)
+            if self._stopped:
+                self._idle.put(number)  # for the next job to fail
+            else:
+                self._begin(number)
 
     def interrupt(self) -> None:
         """Tells every job to stop; its future says how it did. No worker is replaced any more."""
         with self._replacing:  # or a worker that is just being made would be missed
             self._stopped = True
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.interrupt()
 
     def stop(self, grace: float = GRACE) -> None:
         """Ends the workers; those with a job under way are killed after some seconds of grace."""
         self.interrupt()
         deadline = time.monotonic() + grace
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.end(deadline)
         self._threads.shutdown(cancel_futures=True)
 
@@ -97,82 +121,45 @@ class LocalExecutor:
         self.stop(grace=0)  # all jobs are done, or not worth the wait
 
 
-class _Worker:
-    """A process and the pipe to it."""
+class LocalExecutor(Executor):
+    """Warm processes on this machine.
 
-    def __init__(self, warm_up: Callable[[], None]) -> None:
-        self._pipe, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_work, args=(theirs, warm_up), daemon=True)
-        # Ctrl-C in a terminal reaches every process there; the launcher alone answers it. A
-        # process inherits what its starting thread has blocked. Python's own tracker, which comes
-        # with the first process, would unblock it again, so it is started before.
-        resource_tracker.ensure_running()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        theirs.close()
+    Args:
+        workers: Number of processes.
+        warm_up: Called in each before its first job.
+    """
 
-    def execute(self, function: Callable[..., T], *arguments: object) -> T:
-        try:
-            self._pipe.send((function, arguments))
-            succeeded, result = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            self._process.join(1)
-            process, code = self._process.pid, self._process.exitcode
-            raise WorkerDiedError(f"worker process {process} died (exit code {code}).") from error
-        if succeeded:
-            return result  # type: ignore[no-any-return]
-        raise result
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.is_alive()
-
-    def interrupt(self) -> None:
-        self._process.terminate()
-
-    def end(self, deadline: float) -> None:
-        self._process.join(max(0.0, deadline - time.monotonic()))
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+    def __init__(self, workers: int, warm_up: Callable[[], None]) -> None:
+        super().__init__(workers, lambda: Process(warm_up))
 
 
-def _work(pipe: Connection, warm_up: Callable[[], None]) -> None:
-    """The life of a worker: one job after another, until the pipe ends."""
-    # One that is paused would wake up later and go on to write. (The parent is the thread that
-    # started this process: the main one, or one of the executor's, which outlive their workers.)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_die_with_parent, daemon=True).start()  # it may have ended before
-    warm_up()  # until here, SIGTERM ends the process at once
-    signal.signal(signal.SIGTERM, _stop)
-    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
-        while not _stopping:
-            function, arguments = pipe.recv()
-            pipe.send(_outcome(function, arguments))
+def open_executor(
+    config: ExecutorConfig,
+    warm_up: Callable[[], None],
+    *,
+    name: str,
+    threads: int,
+    most: int,
+    addresses: Mapping[str, str | None],
+) -> Executor:
+    """Starts the workers of a sweep or a promotion.
 
+    Args:
+        config: Which executor.
+        warm_up: Called in each worker before its first job.
+        name: Of the sweep or the promotion, which this process holds.
+        threads: Of a job.
+        most: Jobs to do: more workers are not started.
+        addresses: Of the stores that the workers write to, by their keys; None: a local one.
 
-def _outcome(function: Callable[..., Any], arguments: tuple[object, ...]) -> tuple[bool, Any]:
-    try:
-        return True, function(*arguments)
-    except Exception as error:
-        return False, error
+    Raises:
+        ValueError: The cluster has no room for such a worker, or its nodes could not reach a store.
+        OSError: There is no such cluster.
+    """
+    if isinstance(config, RayConfig) and most:
+        from sweeps.ray_executor import RayExecutor
 
-
-_stopping: list[int] = []  # signals received, in a worker
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    """Interrupts the job once: what follows is its clean end."""
-    _stopping.append(signum)
-    if len(_stopping) == 1:
-        raise KeyboardInterrupt
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+        return RayExecutor(
+            config, warm_up, name=name, threads=threads, most=most, addresses=addresses
+        )
+    return LocalExecutor(min(config.count(threads) or 1, most), warm_up)

@@ -19,9 +19,10 @@ from optuna.trial import Trial, TrialState
 from pipeline import fast_imports
 from pipeline.config import without_password
 from pipeline.database import AwayError, lost_connection, patiently
+from pipeline.owner import machine
 from sweeps.config import NoPrunerConfig
 from sweeps.display import SHOWN, Display, Running, trial_name
-from sweeps.executors import LocalExecutor, WorkerDiedError
+from sweeps.executors import Executor, WorkerDiedError
 from sweeps.interruption import wait_for_ends
 from sweeps.parent import logarithms
 from sweeps.plan import Plan
@@ -87,7 +88,6 @@ class Launcher:
         storage: Address of its database.
         parent: The sweep's run in MLflow.
         executor: Executes trials.
-        workers: Of the executor.
         display: Shows them.
         received: Signals that tell to stop; grows meanwhile.
         held: The sweep, by this process.
@@ -98,8 +98,7 @@ class Launcher:
     study: optuna.Study
     storage: str
     parent: Run
-    executor: LocalExecutor
-    workers: int
+    executor: Executor
     display: Display
     received: list[int]
     held: Hold
@@ -160,7 +159,9 @@ class Launcher:
             HeldError: It restarted, and another launcher was faster to hold the sweep.
         """
         now = time.monotonic()
-        free = [Slot(number=i, since=now, is_first=True) for i in range(self.workers, 0, -1)]
+        free = [
+            Slot(number=i, since=now, is_first=True) for i in range(self.executor.workers, 0, -1)
+        ]
         while not self.must_stop():
             while free and self.may_ask() and not self.has_failed:
                 trial, values = waiting.pop(0) if waiting else self.asker.ask()
@@ -341,7 +342,10 @@ class Launcher:
             self.executor.interrupt()
             done, running = wait_for_ends(self.flights, self.received)
             for future in done:  # one that is told is no longer ours to end
-                self.settle(self.flights.pop(future), future)
+                try:
+                    self.settle(self.flights.pop(future), future)
+                except AwayError as error:  # a later launcher tells it, as its run has ended
+                    self.broken = self.broken or str(error)
             self.executor.stop(grace=0)
             for future in running:
                 self.flights.pop(future).run.end("KILLED")
@@ -372,6 +376,7 @@ class Launcher:
             run=run,
             checkpoint=self.checkpoints / run.run_id / "training.npz",
             objectives=config.sweep.objectives,
+            home=machine(),
             storage=self.storage,
             study=self.study.study_name,
             trial_id=trial._trial_id,

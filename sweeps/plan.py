@@ -56,9 +56,10 @@ class Plan:
         return finished < self.trials
 
     @property
-    def workers(self) -> int:
-        """Trials at once."""
-        return min(self.config.executor.count(self.config.training.threads), self.trials)
+    def workers(self) -> int | None:
+        """Trials at once; None where the cluster decides."""
+        count = self.config.executor.count(self.config.training.threads)
+        return count and min(count, self.trials)
 
     @property
     def declarations(self) -> dict[str, str]:

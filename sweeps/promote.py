@@ -32,7 +32,7 @@ from sweeps.candidates import (
 )
 from sweeps.config import EXECUTORS, GateConfig, PromotionConfig
 from sweeps.decision import reach_verdict
-from sweeps.executors import LocalExecutor, WorkerDiedError
+from sweeps.executors import LocalExecutor, WorkerDiedError, open_executor
 from sweeps.gate import PROMOTE, REJECT
 from sweeps.interruption import held_signals, interruption
 from sweeps.judge import Judgement, judge
@@ -247,17 +247,24 @@ def _retrain(
         OSError: The store is out of reach.
     """
     if missing := retraining.missing(candidates):
-        workers = min(config.executor.count(candidates[0].config.training.threads), len(missing))
-        console.print(
+        what = (
             f"{_count(candidates, 'candidate')} on {_count(retraining.seeds, 'fresh seed')} each, "
-            f"{_count(missing, 'training')} to do; {workers} at once."
+            f"{_count(missing, 'training')} to do"
         )
         with (
             held_signals(console, command) as received,
-            LocalExecutor(workers, warm_up) as executor,
+            open_executor(
+                config.executor,
+                warm_up,
+                name=f"promotion of {retraining.name}",
+                threads=candidates[0].config.training.threads,
+                most=len(missing),
+                addresses={"tracking.uri": config.tracking.uri},
+            ) as executor,
             _progress(len(missing)) as show,
         ):
-            retraining.run(missing, parent, executor, workers, received=received, show=show)
+            console.print(f"{what}; {executor.workers} at once.")
+            retraining.run(missing, parent, executor, received=received, show=show)
         if received:
             raise interruption(received[0], f"Stopped. Go on with: {command}")
     return [retraining.result(candidate) for candidate in candidates]

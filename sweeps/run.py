@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -22,7 +22,7 @@ from pipeline.pages import store_command, ui_command
 from sweeps import dry_run
 from sweeps.config import VARIANTS, SweepConfig
 from sweeps.display import Display, Progress, importance_table, open_console
-from sweeps.executors import LocalExecutor
+from sweeps.executors import open_executor
 from sweeps.interruption import held_signals, interruption
 from sweeps.launcher import Launcher
 from sweeps.leaderboard import board_table
@@ -96,8 +96,16 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
     """
     with ExitStack() as stack:
         held = stack.enter_context(hold(name, storage))
-        workers = _count_workers(plan, name, storage)
-        executor = stack.enter_context(LocalExecutor(workers, warm_up))
+        executor = stack.enter_context(
+            open_executor(
+                plan.config.executor,
+                warm_up,
+                name=name,
+                threads=plan.config.training.threads,
+                most=_trials_left(plan, name, storage),
+                addresses={"study.storage": storage, "tracking.uri": plan.config.tracking.uri},
+            )
+        )
         with fast_imports():  # while the workers start
             from pipeline.data import load
             from pipeline.store import open_store
@@ -114,19 +122,18 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         parent = open_parent(plan, study, store, data, command)
         progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
         progress.add(*study.get_trials(deepcopy=False))
-        if not workers and parent.status == "FINISHED":
+        if not executor.workers and parent.status == "FINISHED":
             board = read_board(parent)
             _print_result(plan, study, parent, board, importances(study))
             return
-        console.print(f"Sweep {name}: {progress.counts}; {workers} at once.")
+        console.print(f"Sweep {name}: {progress.counts}; {executor.workers} at once.")
         launcher = Launcher(
             plan=plan,
             study=study,
             storage=storage,
             parent=parent,
             executor=executor,
-            workers=workers,
-            display=Display(console, progress, workers),
+            display=Display(console, progress, executor.workers),
             received=received,
             held=held,
             publish=partial(publish, plan, study, parent, progress, command),
@@ -153,18 +160,18 @@ def _digest(data: Data) -> str:
     return " ".join((sizes, *digests))
 
 
-def _count_workers(plan: Plan, name: str, storage: str) -> int:
-    """Workers that there is work for; none when there is a sweep of that name that is done."""
+def _trials_left(plan: Plan, name: str, storage: str) -> int:
+    """Of the budget; none when there is a sweep of that name that is done."""
     study = find_study(name, storage) if plan.config.sweep.name else None
     if study is None:
-        return plan.workers
+        return plan.trials
     timeout = plan.config.sweep.timeout
     is_over = timeout is not None and study.user_attrs.get("seconds", 0.0) >= timeout
     progress = Progress(budget=plan.trials, objectives=plan.config.sweep.objectives)
     progress.add(*study.get_trials(deepcopy=False))
     if is_over or not plan.needs_more(progress.finished, progress.failed):
         return 0
-    return min(plan.workers, plan.trials - progress.finished)
+    return plan.trials - progress.finished
 
 
 def _conclude(launcher: Launcher, command: str) -> None:
@@ -180,10 +187,15 @@ def _conclude(launcher: Launcher, command: str) -> None:
     try:
         launcher.tell_all()
     except Exception as error:  # the store is away, or refuses something
-        raise SweepFailedError(
-            f"{error} The sweep is done, but what the store has yet to be told of it is kept in "
+        with suppress(Exception):  # told later, with the rest
+            parent.end("KILLED" if launcher.received else "FAILED", error=str(error))
+        kept = (
+            "The sweep is done, but what the store has yet to be told of it is kept in "
             f"{parent.store.spools}. {go_on}"
-        ) from error
+        )
+        if launcher.received:
+            raise interruption(launcher.received[0], kept) from error
+        raise SweepFailedError(f"{error} {kept}") from error
     board, shares = launcher.publish()
     if launcher.has_failed and progress.finished < progress.budget:
         failed = launcher.study.get_trials(deepcopy=False, states=[TrialState.FAIL])

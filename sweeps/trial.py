@@ -15,7 +15,9 @@ from optuna.samplers import RandomSampler
 from pipeline import start_libraries
 from pipeline.config import DataConfig, RunConfig, without_password
 from pipeline.endings import StopRun
+from pipeline.owner import machine
 from sweeps.config import PrunerConfig
+from sweeps.elsewhere import settle_in, tell_all
 from sweeps.study import build_pruner, patient_storage
 
 if TYPE_CHECKING:  # or TensorFlow is imported, which the launcher does without
@@ -37,6 +39,8 @@ class Training:
         run: To record in.
         checkpoint: File that keeps the training after each epoch.
         objectives: What its outcome tells.
+        home: The launcher's machine.
+        patience: Seconds to wait for a server, of the runs or the study, that is away.
     """
 
     config: RunConfig
@@ -44,6 +48,8 @@ class Training:
     run: Run
     checkpoint: Path
     objectives: tuple[str, ...]
+    home: str
+    patience: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +61,12 @@ class Job(Training):
         study: Name of the study.
         trial_id: Of the trial in that database.
         pruner: Decides, with the study, whether the trial goes on.
-        patience: Seconds to wait for a database server that is away.
     """
 
     storage: str
     study: str
     trial_id: int
     pruner: PrunerConfig
-    patience: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +96,28 @@ def warm_up() -> None:
 
 def run_trial(job: Job) -> Outcome:
     """Trains one configuration, reports each epoch to the study, and stops when it is pruned."""
-    return _run(job, lambda: _reporter(job))
+    return _run_here(job, lambda: _reporter(job))
 
 
 def retrain(job: Training) -> Outcome:
     """Trains one configuration to its end."""
-    return _run(job, lambda: lambda epoch, metrics: None)
+    return _run_here(job, lambda: lambda epoch, metrics: None)
+
+
+def _run_here(job: Training, open_report: Callable[[], EpochHook]) -> Outcome:
+    """Also where the launcher does not see what is left on this machine."""
+    if job.home == machine():
+        return _run(job, open_report)
+    try:
+        job = settle_in(job)
+        outcome = _run(job, open_report)
+        if outcome.state in ("COMPLETE", "PRUNED", "FAIL"):
+            tell_all(job)
+    except KeyboardInterrupt:
+        return Outcome(state="STOPPED")
+    except Exception as error:
+        return Outcome(state="BROKEN", reason=_reason(error))
+    return outcome
 
 
 def _run(job: Training, open_report: Callable[[], EpochHook]) -> Outcome:

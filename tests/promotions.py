@@ -231,7 +231,9 @@ class Here:
     The seam of `sweeps.executors`; what a promotion does with real workers is tested elsewhere.
     """
 
-    def __init__(self, workers: int, warm_up: Callable[[], None]) -> None:
+    workers = 1
+
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def submit(self, function: Callable[..., Any], *arguments: object) -> Future[Any]:
@@ -292,7 +294,8 @@ def command(bench: Bench, *overrides: str) -> str:
     given = [*overrides, f"tracking.directory={bench.folder / 'mlruns'}"]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sweeps.promote.LocalExecutor", Here)
+        for opens in ("LocalExecutor", "open_executor"):
+            patch.setattr(f"sweeps.promote.{opens}", Here)
         for module in ("promote", "ledger"):
             patch.setattr(f"sweeps.{module}.console", open_console(printed))
         main(composed(*given), given)

@@ -87,11 +87,12 @@ class MLflowServer:
     Args:
         folder: Is created.
         backend: Address of its database; SQLite in the folder unless given.
+        names: Of hosts that it answers as, beyond its own.
     """
 
-    def __init__(self, folder: Path, backend: str | None = None) -> None:
+    def __init__(self, folder: Path, backend: str | None = None, *, names: str = "") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.folder, self.names = folder, names
         self.backend = backend or f"sqlite:///{self.database}"
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
@@ -114,6 +115,7 @@ class MLflowServer:
                     *("--host", "127.0.0.1", "--port", str(self.port)),
                     *("--backend-store-uri", self.backend),
                     *("--artifacts-destination", str(self.folder / "artifacts")),
+                    *(("--allowed-hosts", f"127.0.0.1:*,{self.names}") if self.names else ()),
                 ],
                 cwd=self.folder,
                 env={

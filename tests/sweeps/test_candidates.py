@@ -323,7 +323,7 @@ class Session:
     def run(self, candidates: Sequence[Candidate], received: Sequence[int] = ()) -> list[Retrained]:
         missing = self.retraining.missing(candidates)
         self.retraining.run(
-            missing, self.parent, self.executor, 1, received=received, show=self.said.append
+            missing, self.parent, self.executor, received=received, show=self.said.append
         )
         return [self.retraining.result(candidate) for candidate in candidates]
 
@@ -431,7 +431,6 @@ def test_a_signal_that_came_before_leaves_all_to_be_trained(session: Session) ->
         session.retraining.missing(candidates),
         session.parent,
         session.executor,
-        1,
         received=[signal.SIGTERM],
         show=session.said.append,
     )

@@ -6,24 +6,25 @@ import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 
-from sweeps.executors import LocalExecutor, WorkerDiedError
+from sweeps.config import RayConfig
+from sweeps.executors import Executor, LocalExecutor, WorkerDiedError
+from tests.clusters import Nodes, ray_nodes
 from tests.launching import seconds_until_none
 
 ROOT = Path(__file__).resolve().parents[2]
-EXECUTORS = {"local": LocalExecutor}
-
-Build = Callable[..., LocalExecutor]
 
 SOON = 60.0  # seconds in which a worker of two busy cores starts and does its job
 
@@ -75,8 +76,8 @@ def meet(folder: Path, count: int) -> int:
 
 
 def sleep_noted(folder: Path) -> str:
-    note(folder)
     try:
+        note(folder)
         time.sleep(600)
     except KeyboardInterrupt:
         return "interrupted"
@@ -159,6 +160,13 @@ def workers_of(launcher: psutil.Process) -> list[psutil.Process]:
     return [child for child in launcher.children() if "spawn_main" in " ".join(child.cmdline())]
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Nodes]:
+    """Ray on two nodes of this machine, to which this process is connected."""
+    with ray_nodes(4, 4) as nodes, nodes.connected():
+        yield nodes
+
+
 # --- helpers -----------------------------------------------------------------------------
 
 
@@ -188,6 +196,14 @@ def is_gone(process: psutil.Process) -> bool:
         return True
 
 
+def has_ended(pid: int) -> bool:
+    """Likewise, and each of its threads."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return is_gone(process) and process.num_threads() <= 1
+    return True
+
+
 def living(workers: Sequence[psutil.Process]) -> list[psutil.Process]:
     return [worker for worker in workers if not is_gone(worker)]
 
@@ -196,18 +212,54 @@ def error_of(future: Future[Any], seconds: float = SOON) -> BaseException | None
     return future.exception(timeout=seconds)
 
 
-@pytest.fixture(params=EXECUTORS)
-def build(request: pytest.FixtureRequest) -> Iterator[Build]:
-    """Builds executors, and ends them at once at the end of the test."""
-    built: list[LocalExecutor] = []
+def build_on_ray(workers: int, warm_up: Callable[[], None]) -> Executor:
+    from sweeps.ray_executor import RayExecutor
 
-    def build(workers: int = 1, warm_up: Callable[[], None] = nothing) -> LocalExecutor:
-        built.append(EXECUTORS[request.param](workers, warm_up))
-        return built[-1]
+    config = RayConfig(name="ray", workers=workers, address=None, cpus=1, memory=None, gpus=0)
+    return RayExecutor(config, warm_up, name="contract", threads=1, most=workers, addresses={})
 
+
+@dataclass(frozen=True)
+class Build:
+    """Builds executors of a kind.
+
+    Attributes:
+        place: What the death of a worker is told with.
+    """
+
+    kind: Callable[[int, Callable[[], None]], Executor]
+    place: str
+    built: list[Executor] = field(default_factory=list)
+
+    def __call__(self, workers: int = 1, warm_up: Callable[[], None] = nothing) -> Executor:
+        self.built.append(self.kind(workers, warm_up))
+        return self.built[-1]
+
+
+@contextlib.contextmanager
+def built(kind: Callable[..., Executor], place: str) -> Iterator[Build]:
+    """Ends what was built at once at the end of the test."""
+    build = Build(kind, place)
     yield build
-    for executor in built:
+    for executor in build.built:
         executor.stop(grace=0)
+
+
+@pytest.fixture
+def local() -> Iterator[Build]:
+    with built(LocalExecutor, "") as build:
+        yield build
+
+
+@pytest.fixture
+def on_ray(cluster: Nodes) -> Iterator[Build]:
+    with built(build_on_ray, f" on {socket.gethostname()}") as build:
+        yield build
+
+
+@pytest.fixture(params=["local", "on_ray"])
+def build(request: pytest.FixtureRequest) -> Build:
+    return cast(Build, request.getfixturevalue(request.param))
 
 
 # --- jobs --------------------------------------------------------------------------------
@@ -307,7 +359,7 @@ def test_a_worker_that_is_killed_is_known_within_a_second_and_named(
     error = error_of(future, seconds=1)
 
     assert isinstance(error, WorkerDiedError)
-    assert str(error) == f"worker process {worker} died (exit code -9)."
+    assert str(error) == f"worker process {worker} died (exit code -9){build.place}."
 
 
 @pytest.mark.parametrize(
@@ -319,7 +371,7 @@ def test_a_job_that_ends_its_worker_fails_with_the_exit_code(
     error = error_of(build().submit(job, *arguments))
 
     assert isinstance(error, WorkerDiedError)
-    assert str(error).endswith(f"died (exit code {code}).")
+    assert str(error).endswith(f"died (exit code {code}){build.place}.")
 
 
 def test_a_dead_worker_is_replaced_by_one_that_is_warm_too(build: Build, tmp_path: Path) -> None:
@@ -353,7 +405,7 @@ def test_a_worker_killed_while_idle_is_replaced_before_the_next_job(build: Build
     idle = executor.submit(process).result(timeout=SOON)
 
     os.kill(idle, signal.SIGKILL)
-    os.waitid(os.P_PID, idle, os.WEXITED | os.WNOWAIT)  # its last thread, too, has ended
+    until(lambda: has_ended(idle))
 
     assert executor.submit(double, 21).result(timeout=SOON) == 42
     assert executor.submit(process).result(timeout=SOON) != idle
@@ -481,11 +533,11 @@ def test_an_executor_may_be_stopped_twice(build: Build) -> None:
 
 @pytest.mark.parametrize("job", [sleep_noted, sleep_whatever_comes])
 def test_no_process_is_left_after_a_stop(
-    build: Build, tmp_path: Path, job: Callable[..., object]
+    local: Build, tmp_path: Path, job: Callable[..., object]
 ) -> None:
     multiprocessing.resource_tracker.ensure_running()  # Python's own, which stays
     before = set(psutil.Process().children(recursive=True))
-    executor = build(2)
+    executor = local(2)
     executor.submit(job, tmp_path)
     until(lambda: len(noted(tmp_path)) == 1)
 
@@ -494,11 +546,11 @@ def test_no_process_is_left_after_a_stop(
     assert set(psutil.Process().children(recursive=True)) <= before
 
 
-def test_no_process_is_left_when_a_worker_dies_at_the_moment_of_the_stop(build: Build) -> None:
+def test_no_process_is_left_when_a_worker_dies_at_the_moment_of_the_stop(local: Build) -> None:
     multiprocessing.resource_tracker.ensure_running()
     before = set(psutil.Process().children(recursive=True))
     for number in range(16):
-        executor = build()
+        executor = local()
         worker = psutil.Process(executor.submit(process).result(timeout=SOON))
 
         worker.kill()

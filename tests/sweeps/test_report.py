@@ -646,7 +646,7 @@ def test_a_report_of_a_sweep_is_drawn_whole(real: tuple[Page, list[FrozenTrial]]
 def test_the_lanes_of_a_sweep_are_its_workers(real: tuple[Page, list[FrozenTrial]]) -> None:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = to_typed(hydra.compose("sweep", ["data=digits"]), SweepConfig, VARIANTS)
-    workers = min(config.executor.count(config.training.threads), 8)
+    workers = min(config.executor.count(config.training.threads) or 0, 8)
 
     lanes = _lanes(real[1])
 

@@ -4,7 +4,9 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from mlflow.entities import Run
 from optuna.trial import TrialState
 
 from pipeline.config import RunConfig
+from pipeline.owner import machine
 from pipeline.store import open_store
 from pipeline.tracking import create_run
 from sweeps.config import OBJECTIVES, MedianConfig, NoPrunerConfig
@@ -108,6 +111,7 @@ def ask(configure: Configure, tmp_path: Path, empty: Path) -> Try:
             study="sweep",
             trial_id=study.ask()._trial_id,
             pruner=NoPrunerConfig(name="none"),
+            home=machine(),
             patience=0.0,
         )
         return Trying(replace(job, **changes), study)
@@ -400,3 +404,89 @@ def test_a_trial_that_was_to_be_pruned_when_its_worker_died_is_pruned_when_it_go
 
     assert outcome.state == "PRUNED"
     assert list(trying.reported) == before
+
+
+# --- a machine whose files the launcher does not see --------------------------------------
+
+
+@pytest.fixture
+def elsewhere(ask: Try, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trying]:
+    """Has a trial asked for by a launcher of another machine, with no folder in common."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+    def elsewhere(*overrides: str, **changes: Any) -> Trying:
+        trying = ask(*overrides)
+        run = trying.job.run
+        run = replace(run, store=replace(run.store, directory=tmp_path / "unknown"))
+        job = replace(trying.job, run=run, home="another 0", **changes)
+        return replace(trying, job=job)
+
+    return elsewhere
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    return tmp_path / "tmp" / f"digit-sweeps-{os.getuid()}"
+
+
+def test_a_trial_elsewhere_goes_on_from_its_checkpoint_there_and_clears_it_up(
+    elsewhere: Callable[..., Trying], scratch: Path, tmp_path: Path
+) -> None:
+    trying = elsewhere(f"training.epochs={LONG}", "training.early_stopping_patience=null")
+    assert interrupt(trying, after=5).state == "STOPPED"
+    kept = [path.name for path in scratch.glob("checkpoints/*/*")]
+
+    outcome = run_trial(trying.job)
+
+    assert kept == [trying.job.checkpoint.name]
+    assert outcome.state == "COMPLETE"
+    assert outcome.epochs == LONG
+    assert trying.steps("val_loss") == list(range(1, LONG + 1))
+    assert list(scratch.glob("*/*")) == []
+    assert not (tmp_path / "unknown").exists()
+    assert stat.S_IMODE(scratch.stat().st_mode) == 0o700
+
+
+def test_a_trial_elsewhere_is_trained_anew_where_an_earlier_try_left_something_untold(
+    elsewhere: Callable[..., Trying], scratch: Path
+) -> None:
+    trying = elsewhere(f"training.epochs={LONG}", "training.early_stopping_patience=null")
+    assert interrupt(trying, after=5).state == "STOPPED"
+    run = trying.job.run
+    there = replace(run, store=replace(run.store, directory=scratch))
+    there.end_later("KILLED")
+
+    outcome = run_trial(trying.job)
+
+    assert outcome.state == "COMPLETE"
+    assert outcome.epochs == LONG
+    assert trying.run.info.status == "FINISHED"
+    assert trying.steps("val_loss") == list(range(1, LONG + 1))
+    assert list(scratch.glob("*/*")) == []
+
+
+def test_a_trial_elsewhere_breaks_where_the_store_stays_away(
+    elsewhere: Callable[..., Trying], scratch: Path
+) -> None:
+    trying = elsewhere()
+    run = trying.job.run
+    away = replace(run.store, uri="http://user:secret@127.0.0.1:9", database=None)
+
+    outcome = run_trial(replace(trying.job, run=replace(run, store=away)))
+
+    assert outcome.state == "BROKEN"
+    assert outcome.reason == "AwayError: no answer from http://user:***@127.0.0.1:9."
+    assert [path.parent.name for path in scratch.glob("spool/*/run.json")] == [run.run_id]
+    run.store.use()  # as it was
+
+
+def test_a_folder_of_another_user_is_not_used(
+    elsewhere: Callable[..., Trying], scratch: Path
+) -> None:
+    scratch.symlink_to(scratch.parent)
+
+    outcome = run_trial(elsewhere().job)
+
+    assert outcome.state == "BROKEN"
+    assert outcome.reason == f"PermissionError: {scratch} belongs to another user."

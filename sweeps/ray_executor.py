@@ -1,0 +1,261 @@
+"""Workers on the nodes of a Ray cluster.
+
+Ray finds each a node with room and tells when that is lost. A worker there is the process that it
+is on one machine, the child of a Ray actor: so it is told to stop, dies and is warm likewise, and
+what it imports does not meet what Ray imports.
+"""
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray.exceptions import RayError
+
+from pipeline.config import without_password
+from sweeps.config import RayConfig
+from sweeps.executors import GRACE, Executor
+from sweeps.processes import Process, WorkerDiedError
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "digit-sweeps"  # of the names of our actors
+
+# What a store on a server has in its address. (A database has no place for the files of runs.)
+SERVERS = {"study.storage": ("postgresql",), "tracking.uri": ("http", "https")}
+
+# What a worker needs to write to the stores. It goes to the nodes in memory, is shown nowhere.
+_CREDENTIALS = ("MLFLOW_TRACKING_", "PG")
+
+
+class RayExecutor(Executor):
+    """Warm processes on the nodes of a Ray cluster, as many as fit unless told.
+
+    Args:
+        config: Which cluster, and what a worker takes there.
+        warm_up: Called in each worker before its first job.
+        name: Of the sweep or the promotion; workers that an earlier process of it left are ended.
+        threads: Of a job.
+        most: Workers, at most.
+        addresses: Of the stores that the workers write to, by their keys; None: a local one.
+
+    Raises:
+        ValueError: The cluster has no room for such a worker, or its nodes could not reach a store.
+        OSError: There is no such cluster.
+    """
+
+    def __init__(
+        self,
+        config: RayConfig,
+        warm_up: Callable[[], None],
+        *,
+        name: str,
+        threads: int,
+        most: int,
+        addresses: Mapping[str, str | None],
+    ) -> None:
+        self._is_ours = not ray.is_initialized()
+        if self._is_ours:
+            _connect(config.address)
+        try:
+            nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+            _check_reach([node["NodeManagerHostname"] for node in nodes], addresses)
+            asked = config.asked(threads)
+            workers = config.workers or _room(nodes, asked)
+            _kill_left(name)
+            start = partial(_Remote, warm_up, name, asked)
+            super().__init__(min(workers, most), start)
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def stop(self, grace: float = GRACE) -> None:
+        super().stop(grace)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._is_ours:
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    try:
+        with _own_sigterm():
+            ray.init(address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+        # Else the loss of a node is told with forty lines of its own log.
+        ray._private.worker._worker_logs_enabled = False
+    except (RuntimeError, ConnectionError) as error:  # other versions; nobody there
+        reason = " ".join(str(error).split())
+        raise ConnectionError(f"executor.address={address}: {reason}") from error
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps the handler of SIGTERM: Ray installs its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _room(nodes: list[dict[str, Any]], asked: Mapping[str, float]) -> int:
+    """Workers that fit on the nodes while nothing else is there.
+
+    Raises:
+        ValueError: None does.
+    """
+    free = [node["Resources"] for node in nodes]
+    room = sum(min(int(has.get(kind, 0) // need) for kind, need in asked.items()) for has in free)
+    if not room:
+        raise ValueError(
+            f"executor: no node of the cluster has {_told(asked)} for a worker; the most is "
+            f"{_told({kind: max(has.get(kind, 0) for has in free) for kind in asked})}. Set "
+            "executor.workers where nodes are to come."
+        )
+    return room
+
+
+def _told(resources: Mapping[str, float]) -> str:
+    """Resources as people say them."""
+    words = {
+        "CPU": lambda count: f"{count:g} processor cores",
+        "memory": lambda count: f"{count / 2**30:.3g} GiB of memory",
+        "GPU": lambda count: f"{count:g} GPUs",
+    }
+    return ", ".join(words[kind](count) for kind, count in resources.items())
+
+
+def _check_reach(hosts: list[str], addresses: Mapping[str, str | None]) -> None:
+    """Refuses stores that a worker on another machine would seek on its own.
+
+    Raises:
+        ValueError: There is one.
+    """
+    elsewhere = sorted(set(hosts) - {socket.gethostname()})
+    for key, uri in addresses.items():
+        scheme = urlsplit(uri or "").scheme.partition("+")[0]
+        if elsewhere and (scheme not in SERVERS[key] or _is_loopback(urlsplit(uri).hostname)):
+            shown = without_password(uri) if uri else "a local file"
+            raise ValueError(
+                f"{key} must be a server ({', '.join(SERVERS[key])}) that workers on "
+                f"{elsewhere[0]} can reach, got {shown}."
+            )
+
+
+def _is_loopback(host: Any) -> bool:
+    with suppress(ValueError):  # it is a name
+        return bool(ip_address(host or "").is_loopback)
+    return bool(host == "localhost")
+
+
+def _kill_left(name: str) -> None:
+    """Ends workers of an earlier process, which Ray may not have ended yet."""
+    for each in ray.util.list_named_actors(all_namespaces=True):
+        if each["namespace"] == NAMESPACE and each["name"].startswith(f"{name}/"):
+            with suppress(ValueError):  # it has just ended
+                ray.kill(ray.get_actor(each["name"], namespace=NAMESPACE))
+
+
+# --- one worker --------------------------------------------------------------------------
+
+
+class _Host:
+    """On a node: has a worker process. Its methods are called at the same time."""
+
+    def __init__(
+        self, warm_up: Callable[[], None], folder: str, environment: Mapping[str, str]
+    ) -> None:
+        os.environ.update(environment)
+        if Path(folder).is_dir():  # relative paths are those of the launcher
+            os.chdir(folder)
+        self._process = Process(warm_up)
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive
+
+    def exchange(self, request: bytes) -> bytes | str:
+        """The reply; where the process died, how."""
+        try:
+            return self._process.exchange(request)
+        except WorkerDiedError as error:
+            return f"{str(error).rstrip('.')} on {socket.gethostname()}."
+
+    def interrupt(self) -> None:
+        self._process.interrupt()
+
+
+class _Remote:
+    """The handle of a worker on some node.
+
+    Args:
+        warm_up: Called in it before its first job.
+        name: Of the sweep or promotion.
+        asked: Amount of each of Ray's resources.
+    """
+
+    def __init__(self, warm_up: Callable[[], None], name: str, asked: Mapping[str, float]) -> None:
+        environment = {key: os.environ[key] for key in os.environ if key.startswith(_CREDENTIALS)}
+        actor: Any = ray.remote(_Host)
+        self._actor = actor.options(
+            name=f"{name}/{uuid4().hex[:8]}",
+            namespace=NAMESPACE,
+            num_cpus=asked["CPU"],
+            num_gpus=asked.get("GPU", 0),
+            memory=asked.get("memory"),
+            max_concurrency=2,  # a job, and its interruption
+        ).remote(warm_up, str(Path.cwd()), environment)
+        self._placed = self._actor.is_alive.remote()
+        self._job: Any = None
+
+    def when_placed(self, tell: Callable[[], None]) -> None:
+        self._placed.future().add_done_callback(lambda _: tell())
+
+    def exchange(self, request: bytes) -> bytes:
+        self._job = self._actor.exchange.remote(request)
+        try:
+            reply = ray.get(self._job)
+        except RayError as error:
+            self._kill()  # a node that is cut off may still be at work
+            kind = type(error).__name__
+            raise WorkerDiedError(f"worker lost with its node, or cut off ({kind}).") from error
+        finally:
+            self._job = None
+        if isinstance(reply, str):
+            self._kill()
+            raise WorkerDiedError(reply)
+        return bytes(reply)
+
+    @property
+    def is_alive(self) -> bool:
+        try:
+            return bool(ray.get(self._actor.is_alive.remote()))
+        except RayError:
+            return False
+
+    def interrupt(self) -> None:
+        if ray.wait([self._placed], timeout=0)[0]:
+            self._actor.interrupt.remote()
+        else:
+            self._kill()  # it is not to begin
+
+    def end(self, deadline: float) -> None:
+        if job := self._job:
+            ray.wait([job], timeout=max(0.0, deadline - time.monotonic()))
+        self._kill()
+
+    def _kill(self) -> None:
+        with suppress(RayError, ValueError):
+            ray.kill(self._actor)

@@ -1,0 +1,91 @@
+"""A sweep on a Ray cluster, with PostgreSQL and an MLflow server; one of its nodes is lost."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.clusters import Container, ray_nodes
+from tests.invariants import Finding, find
+from tests.launching import SWEEP, Started, wait_until
+from tests.servers import MLflowServer, Postgresql
+from tests.stores import Stores, runs_of
+
+TRIALS = 30
+HERE = socket.gethostname()
+SETTINGS = ["data=digits", "training=quick", f"sweep.trials={TRIALS}", "sweep.name=spread"]
+
+
+@dataclass(frozen=True)
+class Story:
+    """What came of it.
+
+    Attributes:
+        status: Of the exit.
+        text: All that the launcher wrote.
+        findings: On what must hold whatever happens.
+        hosts: On which trials were executed.
+        left: Files that the lost node had.
+    """
+
+    status: int
+    text: str
+    findings: list[Finding]
+    hosts: set[str]
+    left: list[Path]
+
+
+@pytest.fixture(scope="module")
+def story(
+    postgresql: Postgresql,
+    need: Callable[[object, str], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Story]:
+    need(os.geteuid() == 0, "root, for a node with files of its own")
+    base = tmp_path_factory.mktemp("cluster")
+    folder, temporary = base / "sweep", base / "temporary"
+    folder.mkdir()
+    study, backend = (postgresql.new_database() for _ in range(2))
+    with (
+        MLflowServer(base / "server", backend, names=f"{HERE}:*") as server,
+        ray_nodes(1) as nodes,
+        Container(nodes.address, hidden=folder, temporary=temporary) as another,
+    ):
+        with nodes.connected():
+            wait_until(lambda: len(ray.nodes()) == 3)  # type: ignore[no-untyped-call]
+        where = [
+            *("executor=ray", f"executor.address={nodes.address}"),
+            f"study.storage={study.replace('127.0.0.1', HERE)}",
+            *("tracking=server", f"tracking.uri={server.uri.replace('127.0.0.1', HERE)}"),
+        ]
+        with Started(*SWEEP, *SETTINGS, *where, folder=folder) as started:
+            started.says(rf"^trial +{TRIALS // 3} ", limit=240)
+            another.lose()
+            status = started.end(limit=300)
+        stores = Stores(folder=folder, study=study, runs=backend)
+        yield Story(
+            status=status,
+            text=started.text,
+            findings=list(find(stores, "spread", TRIALS)),
+            hosts={run.tags["host"] for run in runs_of(stores, "spread") if "trial" in run.tags},
+            left=list(temporary.glob("digit-sweeps-*/*/*")),
+        )
+
+
+def test_a_sweep_is_spread_over_nodes_and_survives_the_loss_of_one(story: Story) -> None:
+    assert story.status == 0, story.text
+    assert story.hosts == {HERE, "another"}
+    assert "raylet" not in story.text
+    assert "Traceback" not in story.text
+
+
+def test_after_the_loss_of_a_node_every_invariant_holds(story: Story) -> None:
+    assert [finding for finding in story.findings if finding.broken] == []
+
+
+def test_what_a_node_keeps_for_trials_that_are_done_is_cleared_up(story: Story) -> None:
+    assert len(story.left) <= 1  # of the trial that it was at
