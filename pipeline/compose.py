@@ -101,22 +101,26 @@ def to_typed(cfg: DictConfig, schema: type[T], variants: Variants) -> T:
         ValueError: A key is unknown or missing, or its value has the wrong type or range.
     """
     try:
-        typed = OmegaConf.structured(schema)
-        # Nodes made from frozen dataclasses are read-only, and merging writes.
-        OmegaConf.set_readonly(typed, False)
-        for field in fields(cast(Any, schema)):
-            if is_dataclass(field.type):
-                if not isinstance(cfg[field.name], DictConfig):
-                    keys = ", ".join(f"{field.name}.{each.name}" for each in fields(field.type))
-                    raise ValueError(f"{field.name} is a section, of {keys}: set one of these.")
-                typed[field.name] = field.type
-                if types := variants.get(field.name):
-                    check_choice(f"{field.name}.name", cfg[field.name].name, tuple(types))
-                    typed[field.name] = types[cfg[field.name].name]
-                OmegaConf.set_readonly(typed[field.name], False)
-        return cast(T, OmegaConf.to_object(OmegaConf.merge(typed, cfg)))
+        return cast(T, OmegaConf.to_object(_typed(cfg, schema, variants)))
     except (OmegaConfBaseException, OverflowError) as error:
         raise ValueError(explain(error)) from error
+
+
+def _typed(cfg: DictConfig, schema: type, variants: Variants) -> DictConfig:
+    typed = OmegaConf.structured(schema)
+    # Nodes made from frozen dataclasses are read-only, and merging writes.
+    OmegaConf.set_readonly(typed, False)
+    for field in fields(cast(Any, schema)):
+        if is_dataclass(field.type):
+            if not isinstance(cfg[field.name], DictConfig):
+                keys = ", ".join(f"{field.name}.{each.name}" for each in fields(field.type))
+                raise ValueError(f"{field.name} is a section, of {keys}: set one of these.")
+            typed[field.name] = field.type
+            if types := variants.get(field.name):
+                check_choice(f"{field.name}.name", cfg[field.name].name, tuple(types))
+                typed[field.name] = types[cfg[field.name].name]
+            OmegaConf.set_readonly(typed[field.name], False)
+    return cast(DictConfig, OmegaConf.merge(typed, cfg))
 
 
 class Composer(Generic[T]):
@@ -135,6 +139,7 @@ class Composer(Generic[T]):
         self.config_name, self.overrides = config_name, list(overrides)
         self.schema, self.variants = schema, variants
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._typed: dict[tuple[str, ...], DictConfig] = {}
         self._choices: dict[str, str] = {}
         self._groups = set(GlobalHydra.instance().config_loader().list_groups(""))
 
@@ -146,15 +151,19 @@ class Composer(Generic[T]):
         """
         groups = self._options(values)
         try:
-            cfg = self._compose(groups).copy()
+            cfg = self._type(groups).copy()
             for name, value in values.items():
                 if name not in groups:
-                    if OmegaConf.select(cfg, name, default=_MISSING) is _MISSING:
+                    before = OmegaConf.select(cfg, name, default=_MISSING)
+                    if before is _MISSING:
                         raise ValueError(_unknown(name, self.config_name))
+                    if name.removesuffix(".name") in self.variants and value != before:
+                        group = name.removesuffix(".name")
+                        raise ValueError(f"{name} goes with its group: set {group}={value}.")
                     OmegaConf.update(cfg, name, value)
-        except (OmegaConfBaseException, HydraException) as error:
+            return cast(T, OmegaConf.to_object(cfg))
+        except (OmegaConfBaseException, HydraException, OverflowError) as error:
             raise ValueError(explain(error, self.config_name)) from error
-        return to_typed(cfg, self.schema, self.variants)
 
     def value(self, name: str, values: Mapping[str, Value] | None = None) -> Value:
         """What a dotted name or group is as configured, with the options among the values.
@@ -183,9 +192,16 @@ class Composer(Generic[T]):
                 groups[name] = value
         return groups
 
+    def _type(self, groups: Mapping[str, str]) -> DictConfig:
+        """Typed once a choice of options: it takes OmegaConf 40 ms."""
+        cfg, options = self._compose(groups), _overrides(groups)
+        if options not in self._typed:
+            self._typed[options] = _typed(cfg, self.schema, self.variants)
+        return self._typed[options]
+
     def _compose(self, groups: Mapping[str, str]) -> DictConfig:
         """Composed once a choice of options: it takes Hydra 80 ms."""
-        options = tuple(f"{name}={value}" for name, value in groups.items())
+        options = _overrides(groups)
         if options not in self._composed:
             cfg = hydra.compose(
                 self.config_name, [*self.overrides, *options], return_hydra_config=True
@@ -196,6 +212,10 @@ class Composer(Generic[T]):
                 del cfg["hydra"]
             self._composed[options] = cfg
         return self._composed[options]
+
+
+def _overrides(groups: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"{name}={value}" for name, value in groups.items())
 
 
 def run_cli(

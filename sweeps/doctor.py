@@ -40,7 +40,8 @@ from sweeps.finding import (
     size,
     wrong,
 )
-from sweeps.study import HeldError, storage_uri
+from sweeps.storage import storage_uri
+from sweeps.study import HeldError
 
 console = open_console()
 

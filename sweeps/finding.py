@@ -16,7 +16,8 @@ from optuna.trial import FrozenTrial
 
 from pipeline.config import PlaceConfig, TrackingConfig, check_name
 from pipeline.database import sqlite_path
-from sweeps.study import HeldError, hold, open_storage
+from sweeps.storage import open_storage
+from sweeps.study import HeldError, hold
 from sweeps.trial import METRICS
 
 if TYPE_CHECKING:  # or MLflow is imported

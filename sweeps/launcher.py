@@ -41,6 +41,7 @@ MAX_DEATHS = 2  # a trial that killed so many workers is not tried again
 TOLD = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 PUBLISH_AFTER = 300  # seconds until a sweep that still runs has its first report
 TICK = 0.5  # seconds between two looks at the running trials
+RECORD = 1.0  # seconds between two records of how far the sweep is
 RENEW = 5.0  # seconds between two looks whether the sweep is still held
 
 
@@ -108,10 +109,12 @@ class Launcher:
     broken: str = ""
     is_prepared: bool = False
     next_look: float = 0.0
+    next_record: float = 0.0
     next_publication: float = field(default_factory=lambda: time.monotonic() + PUBLISH_AFTER)
     next_renewal: float = 0.0
     recorded: int = 0
     asked: set[int] = field(default_factory=set)  # trials, by this launcher or taken up
+    new: set[int] = field(default_factory=set)  # of which there can be no run yet
     first_looks: dict[str, tuple[float, int]] = field(default_factory=dict)
     behind: dict[str, Run] = field(default_factory=dict)  # of which the store does not know all
 
@@ -125,6 +128,7 @@ class Launcher:
             known=self.plan.known,
             configured=self.plan.configured,
         )
+        self.study = self.asker.study
         self.progress = self.display.progress
         self.started = time.monotonic()
         self.seconds_before: float = self.study.user_attrs.get("seconds", 0.0)
@@ -164,13 +168,13 @@ class Launcher:
         ]
         while not self.must_stop():
             while free and self.may_ask() and not self.has_failed:
-                trial, values = waiting.pop(0) if waiting else self.asker.ask()
-                self.asked.add(trial.number)
+                trial, values = waiting.pop(0) if waiting else self.ask()
                 if self.submit(trial, values, free[-1]):
                     free.pop()
             if not self.flights:
                 break
-            self.record()
+            if time.monotonic() >= self.next_record:
+                self.record()
             if not self.may_ask():
                 self.prepare()
             done, _ = wait(self.flights, timeout=TICK, return_when=FIRST_COMPLETED)
@@ -185,6 +189,12 @@ class Launcher:
                 self.look()
             if time.monotonic() >= self.next_renewal:
                 self.renew()
+
+    def ask(self) -> tuple[Trial, Values]:
+        trial, values = self.asker.ask()
+        self.asked.add(trial.number)
+        self.new.add(trial.number)
+        return trial, values
 
     def renew(self) -> None:
         """Holds the sweep, and has the store know what it could not be told."""
@@ -269,6 +279,7 @@ class Launcher:
             self.recorded = step
             self.study.set_user_attr("seconds", self.seconds())
             self.parent.log_metrics(self.progress.metrics, step=step)
+            self.next_record = time.monotonic() + RECORD
 
     def prepare(self) -> None:
         """Imports what the end of the sweep needs, while the last trials run."""
@@ -398,9 +409,10 @@ class Launcher:
             if run.status != "DELETED":
                 return run
         tags = {"sweep": self.study.study_name, "trial": trial.number}
-        run = find_run(self.parent.store, tags, parent=self.parent) or create_run(
-            self.parent.store, name, tags, parent=self.parent
-        )
+        store, parent, is_new = self.parent.store, self.parent, trial.number in self.new
+        self.new.discard(trial.number)  # of what was tried once, the answer may have been lost
+        found = None if is_new else find_run(store, tags, parent=parent)
+        run = found or create_run(store, name, tags, parent=parent)
         trial.set_user_attr("run_id", run.run_id)
         return run
 
@@ -463,7 +475,7 @@ class Launcher:
         trial.set_user_attr("seconds", seconds)
         trial.set_user_attr("epochs", outcome.epochs)
         values = outcome.values or None
-        frozen = self.study.tell(trial, values, state=TrialState[outcome.state])
+        frozen = self.asker.tell(trial, values, TrialState[outcome.state])
         shutil.rmtree(self.checkpoints / run.run_id, ignore_errors=True)
         self.progress.add(frozen)
         self.display.print_trial(frozen, outcome.reason, seconds)

@@ -29,6 +29,7 @@ from sweeps.leaderboard import board_table
 from sweeps.parent import baseline, open_parent, publish, read_board
 from sweeps.plan import Plan, build_plan
 from sweeps.space import split_command_line
+from sweeps.storage import patient_storage, storage_uri
 from sweeps.study import (
     HeldError,
     best_trials,
@@ -37,8 +38,6 @@ from sweeps.study import (
     hold,
     importances,
     open_study,
-    patient_storage,
-    storage_uri,
 )
 from sweeps.trial import warm_up
 

@@ -1,16 +1,16 @@
-"""The study in Optuna: its storage, its lock, its sampler and pruner, asking and adopting."""
+"""The study in Optuna: its lock, its sampler and pruner, asking and adopting."""
 
-import abc
 import json
 import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -18,7 +18,6 @@ import optuna
 import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import (
     BasePruner,
     HyperbandPruner,
@@ -27,21 +26,11 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
 )
 from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from pipeline.config import TrackingConfig
-from pipeline.database import (
-    LOCK_TIMEOUT,
-    AwayError,
-    alone,
-    create_sqlite,
-    lost_connection,
-    patiently,
-    sqlite_path,
-    sqlite_uri,
-)
+from pipeline.database import sqlite_path
 from sweeps.config import (
     AshaConfig,
     CmaEsConfig,
@@ -51,13 +40,12 @@ from sweeps.config import (
     PrunerConfig,
     QMCConfig,
     SamplerConfig,
-    StudyConfig,
     TPEConfig,
 )
 from sweeps.space import Parameter, Space, Values
+from sweeps.storage import OwnStorage, open_storage
 
 IMPORTANT = 2_000  # trials from which importances are told: of 10,000 it takes seconds
-T = TypeVar("T")
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -65,100 +53,6 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 class HeldError(OSError):
     """Another launcher holds the sweep."""
-
-
-def storage_uri(study: StudyConfig, tracking: TrackingConfig) -> str:
-    """Address of the study's database; a local file by its absolute path."""
-    uri = study.storage or sqlite_uri(Path(tracking.directory).absolute() / "optuna.db")
-    path = sqlite_path(uri)
-    return f"sqlite:///{path}" if path else uri
-
-
-def open_storage(uri: str) -> RDBStorage:
-    """Opens the study's database, creating it when missing; any number may do so at once."""
-    path = sqlite_path(uri)
-    if path is None:
-        with alone(uri):
-            return RDBStorage(uri)
-    create_sqlite(path, lambda new: RDBStorage(new).engine.dispose())
-    return RDBStorage(uri, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}})
-
-
-class _PatientStorage(BaseStorage):
-    """A storage on a server, which may restart meanwhile.
-
-    Args:
-        uri: Of the database.
-        seconds: To wait for it, at most.
-        stop: Asked every second whether to give up.
-    """
-
-    def __init__(self, uri: str, seconds: float, stop: Callable[[], bool]) -> None:
-        self._uri, self._seconds, self._stop = uri, seconds, stop
-        self._inner = self._wait(lambda: get_storage(open_storage(uri)))
-
-    def _wait(self, call: Callable[[], T]) -> T:
-        try:
-            return patiently(
-                call, lost_connection, self._uri, seconds=self._seconds, stop=self._stop
-            )
-        except AwayError:
-            self._seconds = 0.0  # once in vain, it waits no more
-            raise
-
-    def set_trial_state_values(
-        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
-    ) -> bool:
-        """Of an answer that was lost with the connection, the second try says that it was told.
-
-        Likewise of a trial that waited, which this process alone takes up: it has it already.
-        """
-        lost: list[Exception] = []
-
-        def tell() -> bool:
-            try:
-                did = self._inner.set_trial_state_values(trial_id, state, values)
-                return did or bool(lost)
-            except UpdateFinishedTrialError:
-                if not lost:
-                    raise
-                return True
-            except Exception as error:
-                lost.append(error)
-                raise
-
-        return self._wait(tell)
-
-
-def _waiting(name: str) -> Callable[..., Any]:
-    def call(self: _PatientStorage, *arguments: Any, **named: Any) -> Any:
-        return self._wait(lambda: getattr(self._inner, name)(*arguments, **named))
-
-    return call
-
-
-for _name, _method in vars(BaseStorage).items():
-    if callable(_method) and not _name.startswith("_") and _name not in vars(_PatientStorage):
-        setattr(_PatientStorage, _name, _waiting(_name))
-abc.update_abstractmethods(_PatientStorage)  # type: ignore[type-abstract]
-
-
-def patient_storage(
-    uri: str, seconds: float, stop: Callable[[], bool] = lambda: False
-) -> BaseStorage:
-    """Likewise, for a sweep that goes on when a server restarts.
-
-    Args:
-        uri: Of the database.
-        seconds: To wait for it, at most.
-        stop: Asked every second whether to give up.
-
-    Raises:
-        AwayError: Here, and from each method: it is still away.
-    """
-    if sqlite_path(uri):
-        return open_storage(uri)
-    return _PatientStorage(uri, seconds, stop)  # type: ignore[abstract]
 
 
 class Hold:
@@ -425,6 +319,14 @@ class SeededSampler(BaseSampler):
     def __init__(self, config: SamplerConfig, space: Space, seed: int) -> None:
         self._config, self._seed = config, seed
         self._always = {each.name for each in space.parameters if each.condition is None}
+        self._known: dict[str, BaseDistribution] = {}
+        if isinstance(config, TPEConfig) and len(self._always) == len(space.parameters):
+            # What all trials have in common, Optuna would look for in all of them at each draw.
+            self._config = replace(config, group=False)
+            spreads = {each.name: each.distribution for each in space.parameters}
+            self._known = {
+                n: spread for n, spread in sorted(spreads.items()) if not spread.single()
+            }
 
     def _of(self, trial: FrozenTrial, name: str = "") -> BaseSampler:
         state = np.random.SeedSequence([self._seed, trial.number, *name.encode()])
@@ -435,6 +337,8 @@ class SeededSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         self._relative = self._of(trial)  # which keeps what it infers
+        if self._known:
+            return self._known
         return self._relative.infer_relative_search_space(study, trial)
 
     def sample_relative(
@@ -457,7 +361,7 @@ class Asker:
     """Asks a study for trials, each with a value for each parameter that is searched in it.
 
     Args:
-        study: Of which this process alone asks.
+        study: Of which this process alone asks and tells, from now on by this.
         space: What is searched.
         sampler: How.
         seed: Of the sweep.
@@ -475,18 +379,29 @@ class Asker:
         known: Sequence[Values],
         configured: Values,
     ) -> None:
-        self.study, self.space = study, space
-        self.known, self.configured = known, configured
-        study.sampler = SeededSampler(sampler, space, seed)
+        self._storage = OwnStorage(study._storage, study._study_id)  # type: ignore[abstract]
+        self.study = optuna.load_study(
+            study_name=study.study_name,
+            storage=self._storage,
+            sampler=SeededSampler(sampler, space, seed),
+        )
+        self.space, self.known, self.configured = space, known, configured
 
     def ask(self) -> tuple[Trial, Values]:
+        """A new trial, which the database has whole or not at all."""
         trials = self.study.get_trials(deepcopy=False)
         number = len(trials)
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
         if number < len(self.known) and not waiting:
             self.study.enqueue_trial(self.known[number])
-        trial = self.study.ask()
-        return trial, self._suggest(trial)
+        draft = self.study.ask()
+        values = self._suggest(draft)
+        return Trial(self.study, self._storage.keep(draft._trial_id)), values
+
+    def tell(self, trial: Trial, values: Sequence[float] | None, state: TrialState) -> FrozenTrial:
+        """Ends a trial, of which a worker may have reported epochs."""
+        self._storage.read(trial._trial_id)
+        return self.study.tell(trial, values, state=state)
 
     def adopt(self, frozen: FrozenTrial) -> tuple[Trial, Values]:
         """Takes up a trial that an earlier launcher asked."""

@@ -18,7 +18,8 @@ from pipeline.endings import StopRun
 from pipeline.owner import machine
 from sweeps.config import PrunerConfig
 from sweeps.elsewhere import settle_in, tell_all
-from sweeps.study import build_pruner, patient_storage
+from sweeps.storage import patient_storage
+from sweeps.study import build_pruner
 
 if TYPE_CHECKING:  # or TensorFlow is imported, which the launcher does without
     from pipeline.data import Data
@@ -96,7 +97,7 @@ def warm_up() -> None:
 
 def run_trial(job: Job) -> Outcome:
     """Trains one configuration, reports each epoch to the study, and stops when it is pruned."""
-    return _run_here(job, lambda: _reporter(job))
+    return _run_here(job, lambda: reporter(job))
 
 
 def retrain(job: Training) -> Outcome:
@@ -165,7 +166,7 @@ def _reason(error: Exception) -> str:
     return (text if known else f"{type(error).__name__}: {text}")[:500]
 
 
-def _reporter(job: Job) -> EpochHook:
+def reporter(job: Job) -> EpochHook:
     """Reports the objective of each epoch, where it is one metric of an epoch."""
     objective = job.objectives[0]
     if len(job.objectives) > 1 or objective not in METRICS:

@@ -29,12 +29,16 @@ def free_port() -> int:
 class Postgresql:
     """A server of its own, which is removed in the end. Needs its programs, and root to be it.
 
+    Args:
+        connections: At once, at most.
+
     Attributes:
         folder: Of all that it has.
         port: Where it answers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, connections: int = 100) -> None:
+        self.connections = connections
         self.folder = Path(tempfile.mkdtemp())  # not pytest's own, which is root's alone
         shutil.chown(self.folder, "postgres")
         self.port = free_port()
@@ -52,13 +56,18 @@ class Postgresql:
         """Arguments of its programs that lead to it."""
         return ["-h", "127.0.0.1", "-p", str(self.port)]
 
+    @property
+    def process(self) -> int:
+        """Of the server: the parent of all of its others."""
+        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+
     def program(self, name: str, *arguments: str) -> None:
         command = ["runuser", "-u", "postgres", "--", str(POSTGRESQL / name), *arguments]
         subprocess.run(command, check=True, cwd=self.folder, stdout=subprocess.DEVNULL)
 
     def control(self, *arguments: str) -> None:
         data, log = str(self.folder / "data"), str(self.folder / "log")
-        options = f"-p {self.port} -h 127.0.0.1 -k {self.folder}"
+        options = f"-p {self.port} -h 127.0.0.1 -k {self.folder} -N {self.connections}"
         self.program("pg_ctl", "-D", data, "-w", "-l", log, "-o", options, *arguments)
 
     def new_database(self) -> str:

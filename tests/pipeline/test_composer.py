@@ -108,6 +108,7 @@ def test_a_group_is_told_from_a_value(name: str) -> None:
         ({"model": "wid"}, "model=wid: no such option among mlp, wide; did you mean wide?"),
         ({"model": 3}, "model=3: "),
         ({"model": None}, "model=null: "),
+        ({"optimizer.name": "adam"}, "optimizer.name goes with its group: set optimizer=adam."),
         ({"optimizer.beta_1": 0.9}, "optimizer.beta_1: no such key with the options chosen"),
         ({"optimizer.warmup_epochs": 1.0}, "optimizer.warmup_epochs=1.0 needs optimizer.schedule"),
         ({"seed": "${oc.env:NO_SUCH_VARIABLE}"}, "NO_SUCH_VARIABLE"),

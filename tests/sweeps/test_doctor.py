@@ -19,7 +19,8 @@ from filelock import FileLock
 from pipeline.owner import OWNER, me
 from pipeline.store import RESERVE_BYTES, open_store, read_run
 from pipeline.tracking import Run, create_run
-from sweeps.study import hold, open_storage, open_study
+from sweeps.storage import open_storage
+from sweeps.study import hold, open_study
 from tests.invariants import check_invariants
 from tests.promotions import Bench, command, folder_of_model
 from tests.stores import dump, runs_of, trials_of

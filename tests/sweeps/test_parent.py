@@ -38,7 +38,8 @@ from sweeps.parent import (
 )
 from sweeps.plan import Plan, build_plan
 from sweeps.space import Values, split_command_line
-from sweeps.study import check_identity, open_storage, open_study
+from sweeps.storage import open_storage
+from sweeps.study import check_identity, open_study
 from tests.stores import parent_of
 
 COMMAND = "python -m sweeps.run data=digits sweep.name=mine"

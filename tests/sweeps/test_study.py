@@ -25,9 +25,10 @@ from optuna.trial import TrialState
 
 from pipeline.compose import CONF
 from pipeline.database import LockedError
-from sweeps import study as study_module
+from sweeps import storage as storage_module
 from sweeps.config import PRUNERS, SAMPLERS, PrunerConfig, SamplerConfig, SearchConfig, StudyConfig
 from sweeps.space import Space, Values, build_space
+from sweeps.storage import open_storage, storage_uri
 from sweeps.study import (
     Asker,
     HeldError,
@@ -36,9 +37,7 @@ from sweeps.study import (
     check_identity,
     find_study,
     hold,
-    open_storage,
     open_study,
-    storage_uri,
 )
 from tests.stores import locked
 
@@ -166,7 +165,7 @@ def test_a_database_that_stays_locked_is_told_after_one_wait_also_where_a_trial_
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Optuna itself would wait five times."""
-    monkeypatch.setattr(study_module, "LOCK_TIMEOUT", 2)
+    monkeypatch.setattr(storage_module, "LOCK_TIMEOUT", 2)
     study = open_study("sweep", open_storage(uri), ["maximize"])
     began = time.monotonic()
 

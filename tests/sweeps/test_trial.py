@@ -26,7 +26,8 @@ from pipeline.owner import machine
 from pipeline.store import open_store
 from pipeline.tracking import create_run
 from sweeps.config import OBJECTIVES, MedianConfig, NoPrunerConfig
-from sweeps.study import open_storage, open_study
+from sweeps.storage import open_storage
+from sweeps.study import open_study
 from sweeps.trial import Job, Outcome, run_trial, warm_up
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
