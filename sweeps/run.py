@@ -29,7 +29,7 @@ from sweeps.leaderboard import board_table
 from sweeps.parent import baseline, open_parent, publish, read_board
 from sweeps.plan import Plan, build_plan
 from sweeps.space import split_command_line
-from sweeps.storage import patient_storage, storage_uri
+from sweeps.storage import patient_storage, storage_uri, warn_of_connections
 from sweeps.study import (
     HeldError,
     best_trials,
@@ -105,6 +105,7 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
                 addresses={"study.storage": storage, "tracking.uri": plan.config.tracking.uri},
             )
         )
+        warn_of_connections(storage, executor.workers)
         with fast_imports():  # while the workers start
             from pipeline.data import load
             from pipeline.store import open_store

@@ -2,11 +2,13 @@
 
 import abc
 import copy
+import logging
 from collections.abc import Callable, Container, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import sqlalchemy
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
@@ -27,6 +29,10 @@ from sweeps.config import StudyConfig
 
 T = TypeVar("T")
 
+SPARE = 20  # connections for all but the workers: launchers, an MLflow server, PostgreSQL's own
+
+log = logging.getLogger(__name__)
+
 
 def storage_uri(study: StudyConfig, tracking: TrackingConfig) -> str:
     """Address of the study's database; a local file by its absolute path."""
@@ -43,6 +49,23 @@ def open_storage(uri: str) -> RDBStorage:
             return RDBStorage(uri)
     create_sqlite(path, lambda new: RDBStorage(new).engine.dispose())
     return RDBStorage(uri, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT}})
+
+
+def warn_of_connections(uri: str, workers: int) -> None:
+    """Says where PostgreSQL may have too few for the workers, which have one each."""
+    if sqlite_path(uri) is not None:
+        return
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
+        most = int(connection.scalar(sqlalchemy.text("SHOW max_connections")) or 0)
+    if workers + SPARE > most:
+        log.warning(
+            "study.storage: the server takes %d connections, and each of %d workers has one: set "
+            "its max_connections to %d, or put a pooler in front.",
+            most,
+            workers,
+            workers + SPARE,
+        )
 
 
 class _Layer(BaseStorage):
@@ -220,6 +243,8 @@ class OwnStorage(_Layer):
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
+        if study_id != self._study_id:
+            return self._inner.get_all_trials(study_id, deepcopy, states)
         found = [t for t in self._trials.values() if states is None or t.state in states]
         return copy.deepcopy(found) if deepcopy else found
 

@@ -30,6 +30,7 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from pipeline.compose import Value
 from pipeline.database import sqlite_path
 from sweeps.config import (
     AshaConfig,
@@ -409,19 +410,17 @@ class Asker:
         return trial, self._suggest(trial)
 
     def _suggest(self, trial: Trial) -> Values:
-        def draw(parameter: Parameter) -> str | int | float | bool | None:
-            name, spread = parameter.name, parameter.distribution
-            if isinstance(spread, CategoricalDistribution):
-                return trial.suggest_categorical(name, spread.choices)
-            if isinstance(spread, FloatDistribution):
-                return trial.suggest_float(
-                    name, spread.low, spread.high, step=spread.step, log=spread.log
-                )
-            return trial.suggest_int(
-                name, spread.low, spread.high, step=spread.step, log=spread.log
-            )
+        return self.space.assign(partial(suggest, trial), self.configured)
 
-        return self.space.assign(draw, self.configured)
+
+def suggest(trial: Trial, parameter: Parameter) -> Value:
+    """Draws a value, unless the trial has it."""
+    name, spread = parameter.name, parameter.distribution
+    if isinstance(spread, CategoricalDistribution):
+        return trial.suggest_categorical(name, spread.choices)
+    if isinstance(spread, FloatDistribution):
+        return trial.suggest_float(name, spread.low, spread.high, step=spread.step, log=spread.log)
+    return trial.suggest_int(name, spread.low, spread.high, step=spread.step, log=spread.log)
 
 
 def best_trials(study: optuna.Study) -> list[FrozenTrial]:

@@ -187,14 +187,17 @@ def reporter(job: Job) -> EpochHook:
     return report
 
 
-@functools.lru_cache(maxsize=2)  # the baseline has a pruner of its own: none
 def _open_study(storage: str, name: str, pruner: PrunerConfig, patience: float) -> optuna.Study:
     return optuna.load_study(
         study_name=name,
-        storage=patient_storage(storage, patience),
+        storage=_open_storage(storage, patience),
         sampler=RandomSampler(),  # asks nothing
         pruner=build_pruner(pruner),
     )
+
+
+# Once a worker, of which each has one connection.
+_open_storage = functools.lru_cache(maxsize=1)(patient_storage)
 
 
 _loaded: dict[str, Data] = {}

@@ -12,7 +12,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -38,6 +38,7 @@ from sweeps.study import (
     find_study,
     hold,
     open_study,
+    suggest,
 )
 from tests.stores import locked
 
@@ -434,7 +435,7 @@ def test_what_a_sampler_asks_lies_in_the_space(uri: str, sampler: str, space: st
 
     for _ in range(15):
         trial, values = asking.ask()
-        study.tell(trial, value_of(values))
+        asking.tell(trial, [value_of(values)], TrialState.COMPLETE)
         asked.append(values)
 
     assert [trial.number for trial in study.trials] == list(range(15))
@@ -453,7 +454,7 @@ def test_several_objectives_can_be_asked_for(uri: str, sampler: str) -> None:
 
     for _ in range(15):
         trial, values = asking.ask()
-        study.tell(trial, [value_of(values), len(values)])
+        asking.tell(trial, [value_of(values), len(values)], TrialState.COMPLETE)
 
     assert len(study.trials) == 15
 
@@ -487,16 +488,19 @@ class Sweeping:
         trial, values = asking.adopt(running[0]) if running else asking.ask()
         trial.report(value_of(values), step=1)
         if trial.number % 3 == 2:
-            asking.study.tell(trial, state=TrialState.FAIL)
+            asking.tell(trial, None, TrialState.FAIL)
         elif trial.number % 4 == 3:
-            asking.study.tell(trial, state=TrialState.PRUNED)
+            asking.tell(trial, None, TrialState.PRUNED)
         else:
-            asking.study.tell(trial, value_of(values))
+            asking.tell(trial, [value_of(values)], TrialState.COMPLETE)
 
     def die_asking(self, suggested: int) -> None:
-        """A launcher that dies in asking, with so many parameters of the trial suggested."""
-        first = replace(self.space, parameters=self.space.parameters[:suggested])
-        replace(self, space=first).launcher().ask()
+        """A launcher of an older version, which wrote each parameter as it was suggested, dies."""
+        study = open_study("sweep", open_storage(self.uri), ["maximize"])
+        study.sampler = self.launcher().study.sampler
+        trial = study.ask()
+        for parameter in self.space.parameters[:suggested]:
+            suggest(trial, parameter)
 
     @property
     def trials(self) -> list[tuple[int, TrialState, Values, list[float] | None]]:
@@ -567,7 +571,7 @@ def test_a_trial_that_is_adopted_keeps_its_values(uri: str, sampler: str) -> Non
     asking = asker(study, space_of("mixed"), sampler_of(sampler))
     for _ in range(5):
         trial, values = asking.ask()
-        study.tell(trial, value_of(values))
+        asking.tell(trial, [value_of(values)], TrialState.COMPLETE)
     asked = [asking.ask() for _ in range(2)]
 
     again = open_study("sweep", open_storage(uri), ["maximize"])
@@ -628,7 +632,7 @@ def test_known_configurations_come_once_when_a_launcher_died_between_them(
 
     for number in range(5):
         whole.go_on(whole.launcher())
-        dying = disturbed.launcher().study
+        dying = open_study("sweep", open_storage(disturbed.uri), ["maximize"])
         for known in KNOWN[number : number + 1]:
             dying.enqueue_trial(known)
         disturbed.go_on(disturbed.launcher())
