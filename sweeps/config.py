@@ -271,6 +271,10 @@ class RayConfig(ExecutorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.address is not None:
+            rule = "auto, local, HOST:PORT, ray://HOST:PORT or null"
+            is_one = re.fullmatch(r"auto|local|(ray://)?[^\s/]+:\d{1,5}", self.address)
+            check(bool(is_one), "executor.address", rule, self.address)
         for name in ("cpus", "memory"):
             value = getattr(self, name)
             if value is not None:

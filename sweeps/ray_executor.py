@@ -25,6 +25,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.config import without_password
+from pipeline.database import causes
 from sweeps.config import RayConfig
 from sweeps.executors import GRACE, Executor
 from sweeps.processes import Process, WorkerDiedError
@@ -32,6 +33,7 @@ from sweeps.processes import Process, WorkerDiedError
 log = logging.getLogger(__name__)
 
 NAMESPACE = "digit-sweeps"  # of the names of our actors
+ANSWER = 10.0  # seconds to wait for the head of a cluster
 
 # What a store on a server has in its address. (A database has no place for the files of runs.)
 SERVERS = {"study.storage": ("postgresql",), "tracking.uri": ("http", "https")}
@@ -66,7 +68,7 @@ class RayExecutor(Executor):
         most: int,
         addresses: Mapping[str, str | None],
     ) -> None:
-        self._is_ours = not ray.is_initialized()
+        self._is_ours, self._is_over = not ray.is_initialized(), False
         if self._is_ours:
             _connect(config.address)
         try:
@@ -82,23 +84,58 @@ class RayExecutor(Executor):
             raise
 
     def stop(self, grace: float = GRACE) -> None:
-        super().stop(grace)
-        self._disconnect()
+        if not self._is_over:  # or Ray would connect anew, by itself
+            super().stop(grace)
+            self._disconnect()
 
     def _disconnect(self) -> None:
+        self._is_over = True
         if self._is_ours:
             ray.shutdown()
 
 
 def _connect(address: str | None) -> None:
+    """Connects this process to a cluster, or starts one.
+
+    Raises:
+        ConnectionError: Nobody is there, or refuses.
+    """
+    found = _find(address or os.environ.get("RAY_ADDRESS") or "")
     try:
         with _own_sigterm():
-            ray.init(address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(
+                found or None, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False
+            )
         # Else the loss of a node is told with forty lines of its own log.
         ray._private.worker._worker_logs_enabled = False
-    except (RuntimeError, ConnectionError) as error:  # other versions; nobody there
-        reason = " ".join(str(error).split())
-        raise ConnectionError(f"executor.address={address}: {reason}") from error
+    except (RuntimeError, ConnectionError, RayError) as error:  # other versions; no cluster
+        texts = [" ".join(str(each).split()) for each in causes(error)]
+        if any("AuthToken" in text or "authentication" in text.lower() for text in texts):
+            texts[0] = (
+                "it asks for a token that it knows: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+                "~/.ray/auth_token."
+            )
+        raise ConnectionError(f"executor.address={address}: {texts[0]}") from error
+
+
+def _find(address: str) -> str:
+    """The address with the number of its host, where somebody answers.
+
+    Ray itself would wait for minutes, and does not know the names in /etc/hosts.
+
+    Raises:
+        ConnectionError: Nobody answers.
+    """
+    scheme, slashes, place = address.rpartition("//")
+    host, _, port = place.rpartition(":")
+    if not host:  # `auto`, `local`, or none
+        return address
+    try:
+        with socket.create_connection((host, int(port)), timeout=ANSWER) as connection:
+            number = connection.getpeername()[0]
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"executor.address={address}: nobody answers: {error}.") from error
+    return address if ":" in number else f"{scheme}{slashes}{number}:{port}"
 
 
 @contextmanager
@@ -120,9 +157,10 @@ def _room(nodes: list[dict[str, Any]], asked: Mapping[str, float]) -> int:
     free = [node["Resources"] for node in nodes]
     room = sum(min(int(has.get(kind, 0) // need) for kind, need in asked.items()) for has in free)
     if not room:
+        most_of = {kind: max(has.get(kind, 0) for has in free) for kind in asked}
         raise ValueError(
-            f"executor: no node of the cluster has {_told(asked)} for a worker; the most is "
-            f"{_told({kind: max(has.get(kind, 0) for has in free) for kind in asked})}. Set "
+            f"executor: no node of the cluster has {_told(asked)} for a worker; one has at most "
+            f"{' or '.join(_told({kind: most}) for kind, most in most_of.items())}. Set "
             "executor.workers where nodes are to come."
         )
     return room
@@ -130,12 +168,14 @@ def _room(nodes: list[dict[str, Any]], asked: Mapping[str, float]) -> int:
 
 def _told(resources: Mapping[str, float]) -> str:
     """Resources as people say them."""
-    words = {
-        "CPU": lambda count: f"{count:g} processor cores",
-        "memory": lambda count: f"{count / 2**30:.3g} GiB of memory",
-        "GPU": lambda count: f"{count:g} GPUs",
-    }
-    return ", ".join(words[kind](count) for kind, count in resources.items())
+    words = {"CPU": "processor core", "memory": "GiB of memory", "GPU": "GPU"}
+    counts = {**resources}
+    if "memory" in counts:
+        counts["memory"] /= 2**30
+    return ", ".join(
+        f"{count:.3g} {words[kind]}{'' if count == 1 or kind == 'memory' else 's'}"
+        for kind, count in counts.items()
+    )
 
 
 def _check_reach(hosts: list[str], addresses: Mapping[str, str | None]) -> None:

@@ -1,6 +1,10 @@
-"""A sweep on a Ray cluster, with PostgreSQL and an MLflow server; one of its nodes is lost."""
+"""A sweep on a Ray cluster, with PostgreSQL and an MLflow server.
+
+It is terminated and gone on with, and one of its nodes is lost.
+"""
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,13 +29,15 @@ class Story:
     """What came of it.
 
     Attributes:
-        status: Of the exit.
-        text: All that the launcher wrote.
+        interrupted: Status of the first launcher, which was told to stop, and its last line.
+        status: Of the second one.
+        text: All that it wrote.
         findings: On what must hold whatever happens.
         hosts: On which trials were executed.
         left: Files that the lost node had.
     """
 
+    interrupted: tuple[int, str]
     status: int
     text: str
     findings: list[Finding]
@@ -63,17 +69,28 @@ def story(
             *("tracking=server", f"tracking.uri={server.uri.replace('127.0.0.1', HERE)}"),
         ]
         with Started(*SWEEP, *SETTINGS, *where, folder=folder) as started:
+            started.says(r"^trial +3 ", limit=240)
+            started.process.terminate()
+            interrupted = started.end(limit=60), started.text.rstrip().rpartition("\n")[2]
+        with Started(*SWEEP, *SETTINGS, *where, folder=folder) as started:
             started.says(rf"^trial +{TRIALS // 3} ", limit=240)
             another.lose()
             status = started.end(limit=300)
         stores = Stores(folder=folder, study=study, runs=backend)
         yield Story(
+            interrupted=interrupted,
             status=status,
             text=started.text,
             findings=list(find(stores, "spread", TRIALS)),
             hosts={run.tags["host"] for run in runs_of(stores, "spread") if "trial" in run.tags},
             left=list(temporary.glob("digit-sweeps-*/*/*")),
         )
+
+
+def test_a_sweep_on_a_cluster_that_is_terminated_says_how_to_go_on(story: Story) -> None:
+    status, line = story.interrupted
+    assert status == 143
+    assert re.fullmatch(r"Stopped after \d+ of 30 trials, .*Go on with: python -m .*", line)
 
 
 def test_a_sweep_is_spread_over_nodes_and_survives_the_loss_of_one(story: Story) -> None:

@@ -1,0 +1,155 @@
+"""What a Ray cluster adds: nodes that come and go, room, what workers there can reach."""
+
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from sweeps.config import RayConfig
+from sweeps.executors import WorkerDiedError
+from sweeps.ray_executor import RayExecutor
+from tests.clusters import Nodes, ray_nodes
+from tests.servers import free_port
+
+LIMIT = 90.0  # seconds, of a busy machine
+LOCAL: dict[str, str | None] = {"study.storage": "sqlite:////tmp/optuna.db", "tracking.uri": None}
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """Two of a processor core each."""
+    with ray_nodes(1, 1) as nodes:
+        yield nodes
+
+
+def nothing() -> None:
+    pass
+
+
+def process() -> int:
+    return os.getpid()
+
+
+def note_and_sleep(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def open_on(address: str, **changes: Any) -> RayExecutor:
+    settings = {"workers": None, "address": address, "cpus": 1, "memory": None, "gpus": 0}
+    config = RayConfig(name="ray", **{**settings, **changes})
+    return RayExecutor(config, nothing, name="room", threads=1, most=8, addresses=LOCAL)
+
+
+def test_the_job_of_a_lost_node_fails_and_the_next_one_runs_where_a_node_comes(
+    tmp_path: Path,
+) -> None:
+    with ray_nodes(1, 1) as nodes, open_on(nodes.address) as executor:
+        futures = [executor.submit(note_and_sleep, tmp_path) for _ in range(executor.workers)]
+        end = time.monotonic() + LIMIT
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+
+        nodes.lose(0)
+        done, running = wait(futures, timeout=LIMIT, return_when=FIRST_COMPLETED)
+        nodes.cluster.add_node(num_cpus=1)
+        next_one = executor.submit(process).result(timeout=LIMIT)
+
+        assert (executor.workers, len(done), len(running)) == (2, 1, 1)
+        error = done.pop().exception()
+        assert isinstance(error, WorkerDiedError)
+        assert re.fullmatch(r"worker lost with its node, or cut off \(\w+\)\.", str(error))
+        assert next_one > 0
+
+
+def test_there_are_as_many_workers_as_fit_unless_told(nodes: Nodes) -> None:
+    with open_on(nodes.address, cpus=0.25) as many:
+        assert many.workers == 8
+    with open_on(nodes.address, cpus=0.75) as two:
+        assert two.workers == 2
+    with open_on(nodes.address, workers=3) as three:
+        assert three.workers == 3
+
+
+def test_an_executor_that_is_stopped_twice_leaves_the_cluster_once(nodes: Nodes) -> None:
+    executor = open_on(nodes.address)
+    assert executor.submit(process).result(timeout=LIMIT) > 0
+
+    executor.stop(grace=0)
+    executor.stop(grace=0)
+
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (
+            {"cpus": 2},
+            "executor: no node of the cluster has 2 processor cores for a worker; one has at most "
+            "1 processor core. Set executor.workers where nodes are to come.",
+        ),
+        (
+            {"gpus": 1},
+            "executor: no node of the cluster has 1 processor core, 1 GPU for a worker; one has at "
+            "most 1 processor core or 0 GPUs. Set executor.workers where nodes are to come.",
+        ),
+    ],
+    ids=str,
+)
+def test_a_worker_for_which_no_node_has_room_is_refused(
+    nodes: Nodes, asked: dict[str, float], told: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        open_on(nodes.address, **asked)
+
+    assert str(error.value) == told
+    assert not ray.is_initialized()
+
+
+def test_a_cluster_where_nobody_answers_is_told_at_once() -> None:
+    address, start = f"127.0.0.1:{free_port()}", time.monotonic()
+
+    with pytest.raises(ConnectionError) as error:
+        open_on(address)
+
+    told = rf"executor\.address={address}: nobody answers: .*Connection refused\."
+    assert re.fullmatch(told, str(error.value))
+    assert time.monotonic() - start < 30
+
+
+def test_a_cluster_is_found_by_the_name_of_its_head(nodes: Nodes) -> None:
+    port = nodes.address.rpartition(":")[2]
+
+    with open_on(f"{socket.gethostname()}:{port}") as executor:
+        assert executor.workers == 2
+
+
+def test_stores_that_other_machines_would_seek_on_their_own_are_refused() -> None:
+    from sweeps.ray_executor import _check_reach
+
+    here, hosts = socket.gethostname(), [socket.gethostname(), "another"]
+    server = {"study.storage": "postgresql+psycopg://ann:secret@10.0.0.1/optuna"}
+
+    _check_reach([here], LOCAL)
+    _check_reach(hosts, {**server, "tracking.uri": "http://10.0.0.1:5000"})
+    for key, uri in [
+        ("study.storage", "sqlite:////tmp/optuna.db"),
+        ("study.storage", "postgresql+psycopg://ann:secret@localhost/optuna"),
+        ("tracking.uri", None),
+        ("tracking.uri", "http://127.0.0.1:5000"),
+        ("tracking.uri", "postgresql+psycopg://ann:secret@10.0.0.1/mlflow"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            _check_reach(hosts, {key: uri})
+
+        assert str(error.value).startswith(f"{key} must be a server (")
+        assert "that workers on another can reach" in str(error.value)
+        assert "secret" not in str(error.value)
