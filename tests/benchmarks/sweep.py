@@ -1,6 +1,6 @@
 """What a sweep costs, beside the loops that most people write.
 
-    MNIST_NPZ=mnist.npz python -m tests.benchmarks.sweep    # some eight minutes; see --help
+    MNIST_NPZ=mnist.npz python -m tests.benchmarks.sweep    # some ten minutes; see --help
 
 The same 12 trials, each contestant in a process and a folder of its own, start-up included: 20,000
 images of MNIST, 5,000 for validation, two hidden layers, 4 epochs of batch 128, RMSprop.
@@ -9,12 +9,13 @@ images of MNIST, 5,000 for validation, two hidden layers, 4 epochs of batch 128,
   number of threads), nothing recorded.
 - b: the same, recorded by MLflow's autologging for Keras 3 with its defaults, in SQLite.
 - c: `python -m sweeps.run` with two workers, without pruning; d: the same with `pruner=asha` from
-  the first epoch.
+  the first epoch; e: as c, with one worker; f: as c, on a Ray cluster that it starts.
 
 The images of a and b are the first 25,000, those of c and d our own stratified draw. The value of a
 trial is its best `val_accuracy` of an epoch. "others": processor time of all else on the machine
 meanwhile; "to least best": until a trial reached the lowest of the contestants' best values; "as
-fast as": ratios of wall time. Of several rounds the medians are shown.
+fast as": ratios of wall time; "from first trial on": of ours, from its start. Of several rounds the
+medians are shown.
 """
 
 import argparse
@@ -41,15 +42,22 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-TRIALS, WORKERS, TRAIN, VALIDATION = 12, 2, 20_000, 5_000
+TRIALS, TRAIN, VALIDATION = 12, 20_000, 5_000
 UNITS, DROPOUT, RATE = "model.hidden_units", "model.dropout_rate", "optimizer.learning_rate"
 CONTESTANTS = {
     "a": "a: Optuna, stock Keras fit",
     "b": "b: the same, MLflow autologging",
     "c": "c: sweeps.run",
     "d": "d: sweeps.run, pruner=asha",
+    "e": "e: sweeps.run, one worker",
+    "f": "f: sweeps.run, executor=ray",
 }
-PRUNERS = {"c": ["pruner=none"], "d": ["pruner=asha", "pruner.min_resource=1"]}
+OURS = {
+    "c": ["pruner=none", "executor.workers=2"],
+    "d": ["pruner=asha", "pruner.min_resource=1", "executor.workers=2"],
+    "e": ["pruner=none", "executor.workers=1"],
+    "f": ["pruner=none", "executor=ray", "executor.workers=2"],
+}
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # or the network is measured
@@ -69,6 +77,7 @@ class Sweep:
     others: float  # of the processor, by all other processes meanwhile
     finished: list[tuple[float, float]]  # of each complete trial: since the start; value
     overhead: float | None  # of a worker, a trial, beyond its training
+    begun: float | None  # of the first trial, since the start
 
 
 def draw_points() -> list[dict[str, float]]:
@@ -141,14 +150,14 @@ def run_autologged() -> None:
 RIVALS = {"a": run_bare, "b": run_autologged}
 
 
-def our_command(pruner: list[str]) -> list[str]:
+def our_command(settings: list[str]) -> list[str]:
     points = (",".join(f"{name}:{value!r}" for name, value in p.items()) for p in draw_points())
     first = ",".join(f"{{{point}}}" for point in points)
     return [
         *(sys.executable, "-m", "sweeps.run", "data=mnist", "sweep.name=benchmark"),
         *(f"data.train_size={TRAIN}", f"data.validation_size={VALIDATION}", "training.epochs=4"),
-        *("training.early_stopping_patience=null", *pruner),
-        *(f"executor.workers={WORKERS}", f"sweep.trials={TRIALS}", f"sweep.first=[{first}]"),
+        *("training.early_stopping_patience=null", *settings),
+        *(f"sweep.trials={TRIALS}", f"sweep.first=[{first}]"),
         f"{UNITS}=tag(log, int(interval(64, 1024)))",
         f"{DROPOUT}=interval(0.0, 0.5)",
         f"{RATE}=tag(log, interval(1e-4, 1e-2))",
@@ -176,8 +185,8 @@ def processor_times() -> npt.NDArray[np.float64]:
 def measure(contestant: str) -> Sweep:
     """Runs a contestant; exits with its output if it fails."""
     command = [sys.executable, "-m", "tests.benchmarks.sweep", "--contestant", contestant]
-    if contestant in PRUNERS:
-        command = our_command(PRUNERS[contestant])
+    if contestant in OURS:
+        command = our_command(OURS[contestant])
     with tempfile.TemporaryDirectory() as name:
         folder, environment = Path(name), os.environ | ENVIRONMENT
         spent, started, clock = processor_times(), time.time(), time.perf_counter()
@@ -188,11 +197,13 @@ def measure(contestant: str) -> Sweep:
         if ended.returncode:
             sys.exit(f"{contestant} failed: {command}\n{ended.stdout}\n{ended.stderr}")
         lines = [json.loads(line) for line in ended.stdout.splitlines() if line[:2] == "[1"]
-        ends = [trial[1:] for trial in read_trials(folder)] if contestant in PRUNERS else lines
+        trials = read_trials(folder) if contestant in OURS else []
+        ends = [trial[1:] for trial in trials] if trials else lines
         beyond = re.search(r"Beyond training: ([\d.]+) s", ended.stdout)
         overhead = float(beyond[1]) if beyond else None
     finished = [(seconds - started, value) for seconds, value in ends]
-    return Sweep(contestant, wall, spent[0], spent[1] - spent[0], finished, overhead)
+    begun = min(trial[0] for trial in trials) - started if trials else None
+    return Sweep(contestant, wall, spent[0], spent[1] - spent[0], finished, overhead, begun)
 
 
 def to_figures(sweep: Sweep, turns: list[Sweep]) -> list[float]:
@@ -200,7 +211,9 @@ def to_figures(sweep: Sweep, turns: list[Sweep]) -> list[float]:
     bests = {turn.contestant: max(value for _, value in turn.finished) for turn in turns}
     reached = min(seconds for seconds, value in sweep.finished if value >= min(bests.values()))
     ratios = [turn.wall / sweep.wall for turn in turns if turn.contestant in RIVALS]
-    return [sweep.wall, sweep.processor, sweep.others, bests[sweep.contestant], reached, *ratios]
+    rest = np.nan if sweep.begun is None else sweep.wall - sweep.begun
+    best = bests[sweep.contestant]
+    return [sweep.wall, rest, sweep.processor, sweep.others, best, reached, *ratios]
 
 
 def build_table(rounds: list[list[Sweep]]) -> Table:
@@ -208,10 +221,11 @@ def build_table(rounds: list[list[Sweep]]) -> Table:
     caption = ", ".join([f"{os.cpu_count()} processors", platform.platform(), *versions])
     table = Table(title=f"{TRIALS} trials, rounds: {len(rounds)}", caption=caption)
     ratios = [f"as fast as {s.contestant}" for s in rounds[0] if s.contestant in RIVALS]
-    for head in ("", "wall s", "processor s", "others s", "best", "to least best s", *ratios):
+    heads = ("", "wall s", "from first trial on s", "processor s", "others s", "best")
+    for head in (*heads, "to least best s", *ratios):
         table.add_column(head, justify="right" if head else "left")
     figures = [[to_figures(sweep, turns) for sweep in turns] for turns in rounds]
-    digits = (1, 1, 1, 4, 1, 2, 2)
+    digits = (1, 1, 1, 1, 4, 1, 2, 2)
     for sweep, row in zip(rounds[0], np.median(figures, axis=0), strict=True):
         cells = [f"{value:.{places}f}" for value, places in zip(row, digits, strict=False)]
         table.add_row(CONTESTANTS[sweep.contestant], *cells)
@@ -221,7 +235,7 @@ def build_table(rounds: list[list[Sweep]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compares ways to do the same 12 trials.")
     parser.add_argument("--rounds", type=int, default=1, help="in each, the contestants take turns")
-    parser.add_argument("--only", default="a,b,c,d", help="contestants, separated by commas")
+    parser.add_argument("--only", default="a,b,c,d,e,f", help="contestants, separated by commas")
     parser.add_argument("--json", type=Path, help="file for all that was measured")
     parser.add_argument("--contestant", choices=RIVALS, help="run it here, in this process")
     options = parser.parse_args()
