@@ -14,6 +14,7 @@ from pipeline.config import without_password
 # Read by the libraries when they are first imported, so set before any of them is.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow: errors only
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # or a worker takes a whole GPU's memory
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # log only the requirements we name
 os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")  # a pickle runs code

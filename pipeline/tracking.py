@@ -34,6 +34,7 @@ from mlflow.types import Schema, TensorSpec
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.config import RunConfig, flatten, without_password
+from pipeline.database import patiently
 from pipeline.endings import DivergedError, StopRun
 from pipeline.entries import merge, merged, tell
 from pipeline.owner import OWNER, me
@@ -348,6 +349,25 @@ def replay(spool: Spool, uri: str) -> int:
         finally:
             spool.keep(left)
     return len(entries)
+
+
+def replay_patiently(run: Run, *, seconds: float, stop: Callable[[], bool] = lambda: False) -> None:
+    """Likewise of a run, waiting for a store that is away.
+
+    Not in haste: no training waits for it, and an upload may take a server its time.
+
+    Args:
+        run: That no living process records, but this one.
+        seconds: To wait, at most.
+        stop: Asked every second whether to give up.
+
+    Raises:
+        AwayError: The store is still away.
+        Exception: It refuses an entry.
+    """
+    uri = run.store.uri
+    away = partial(is_away, uri=uri)
+    patiently(partial(replay, run.spool, uri), away, uri, seconds=seconds, stop=stop)
 
 
 def replay_left(store: Store) -> None:

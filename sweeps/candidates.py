@@ -6,6 +6,7 @@ import logging
 import re
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
@@ -21,7 +22,7 @@ from sweeps.board import find_sweeps, load_board, objectives_of
 from sweeps.config import OBJECTIVES, PromotionConfig
 from sweeps.executors import Executor, WorkerDiedError
 from sweeps.interruption import wait_for_ends
-from sweeps.launcher import MAX_DEATHS, TICK
+from sweeps.launcher import TICK, allowance
 from sweeps.trial import METRICS, Outcome, Training, retrain
 
 if TYPE_CHECKING:  # or MLflow is imported
@@ -288,7 +289,7 @@ class Retraining:
     name: str
     seeds: Sequence[int]
     flights: dict[Future[Outcome], tuple[Candidate, int, Training]] = field(default_factory=dict)
-    deaths: dict[str, int] = field(default_factory=dict)
+    deaths: Counter[tuple[str, str]] = field(default_factory=Counter)
     failures: dict[tuple[str, int], str] = field(default_factory=dict)
     is_landing: bool = False
 
@@ -366,6 +367,7 @@ class Retraining:
             parent.adopt([run.run_id])
             run.reopen()
         folder = Path(candidate.config.tracking.directory).absolute() / "checkpoints" / run.run_id
+        folder.mkdir(parents=True, exist_ok=True)  # a worker sees it, or has its own
         job = Training(
             config=replace(candidate.config, seed=seed),
             command=candidate.command(seed),
@@ -386,10 +388,12 @@ class Retraining:
         try:
             outcome = future.result()
         except WorkerDiedError as error:
-            deaths = self.deaths[run.run_id] = self.deaths.get(run.run_id, 0) + 1
+            kind, most = allowance(error)
+            self.deaths[run.run_id, kind] += 1
+            deaths = self.deaths[run.run_id, kind]
             if self.is_landing:
                 outcome = Outcome(state="STOPPED")
-            elif deaths < MAX_DEATHS:
+            elif deaths < most:
                 log.warning("%s: %s It is tried again.", title, error)
                 return [(candidate, seed)]
             else:

@@ -13,12 +13,20 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Protocol, Self, TypeVar
 
 from sweeps.config import ExecutorConfig, RayConfig
-from sweeps.processes import Process, WorkerDiedError
+from sweeps.processes import Process, WorkerDiedError, WorkerLostError
 
-__all__ = ["GRACE", "Executor", "LocalExecutor", "WorkerDiedError", "open_executor"]
+__all__ = [
+    "GRACE",
+    "Executor",
+    "LocalExecutor",
+    "WorkerDiedError",
+    "WorkerLostError",
+    "open_executor",
+]
 
 T = TypeVar("T")
 
+TRIES = 3  # workers that a job meets dead, before it fails itself
 GRACE = 6.0  # seconds to end a trial that is told to stop, before its worker is killed
 
 
@@ -85,19 +93,28 @@ class Executor:
         raise result
 
     def _take(self) -> int:
-        """A worker that is idle; one that died so is replaced: not of this job."""
-        while True:
+        """A worker that is idle; one that died so is replaced.
+
+        Raises:
+            WorkerLostError: Those that replace one another die too: perhaps none can start.
+        """
+        for _ in range(TRIES):
             number = self._idle.get()
             if self._stopped or self._workers[number].is_alive:
                 return number
             self._replace(number)
+        raise WorkerLostError(f"{TRIES} workers, one after another, died before they had a job.")
 
     def _replace(self, number: int) -> None:
         with self._replacing:
-            if self._stopped:
-                self._idle.put(number)  # for the next job to fail
-            else:
-                self._begin(number)
+            try:
+                if not self._stopped:
+                    self._begin(number)
+                    return
+            except BaseException:
+                self._idle.put(number)  # for the next job to replace it
+                raise
+            self._idle.put(number)  # for the next job to fail
 
     def interrupt(self) -> None:
         """Tells every job to stop; its future says how it did. No worker is replaced any more."""

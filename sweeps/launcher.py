@@ -22,7 +22,7 @@ from pipeline.database import AwayError, lost_connection, patiently
 from pipeline.owner import machine
 from sweeps.config import NoPrunerConfig
 from sweeps.display import SHOWN, Display, Running, trial_name
-from sweeps.executors import Executor, WorkerDiedError
+from sweeps.executors import Executor, WorkerDiedError, WorkerLostError
 from sweeps.interruption import wait_for_ends
 from sweeps.parent import logarithms
 from sweeps.plan import Plan
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_DEATHS = 2  # a trial that killed so many workers is not tried again
+MAX_LOSSES = 10  # likewise, of workers that were lost with their machines
 TOLD = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 PUBLISH_AFTER = 300  # seconds until a sweep that still runs has its first report
 TICK = 0.5  # seconds between two looks at the running trials
@@ -264,13 +265,9 @@ class Launcher:
 
     def replay(self, run: Run) -> None:
         """Waits until the store knows all of a run, of which the spool may have the end."""
-        from pipeline.store import is_away
-        from pipeline.tracking import replay
+        from pipeline.tracking import replay_patiently
 
-        uri, patience = run.store.uri, self.plan.config.sweep.patience
-        # Not in haste: no training waits for it, and an upload may take a server its time.
-        tell, away = partial(replay, run.spool, uri), partial(is_away, uri=uri)
-        patiently(tell, away, uri, seconds=patience, stop=self.is_told)
+        replay_patiently(run, seconds=self.plan.config.sweep.patience, stop=self.is_told)
 
     def record(self) -> None:
         """Records how far the sweep is, where that changed: while the workers are busy."""
@@ -363,8 +360,9 @@ class Launcher:
 
     def abandon(self, status: str, error: str = "") -> None:
         """Ends what can be ended when this launcher failed; a later one takes up the rest."""
-        self.executor.stop(grace=0)
-        with suppress(Exception):  # what failed may be the store
+        with suppress(Exception):  # what failed may be the store, or the cluster
+            self.executor.stop(grace=0)
+        with suppress(Exception):
             for flight in self.flights.values():
                 flight.run.end("KILLED")
             self.parent.end(status, error=error)
@@ -394,6 +392,7 @@ class Launcher:
             pruner=NoPrunerConfig(name="none") if is_baseline else config.pruner,
             patience=config.sweep.patience,
         )
+        job.checkpoint.parent.mkdir(parents=True, exist_ok=True)  # a worker sees it, or has its own
         trial.set_user_attr("worker", slot.number)
         flight = Flight(trial=trial, values=values, run=run, job=job, slot=slot)
         self.flights[self.executor.submit(run_trial, job)] = flight
@@ -455,13 +454,14 @@ class Launcher:
         self.replay(run)
         if outcome := self.patiently(partial(self.recorded_outcome, run)):
             return outcome
-        deaths = flight.trial.user_attrs.get("deaths", 0) + 1
-        if deaths < MAX_DEATHS:
+        kind, most = allowance(error)
+        count = flight.trial.user_attrs.get(kind, 0) + 1
+        if count < most:
             log.warning("trial %d: %s It is tried again.", number, error)
-            flight.trial.set_user_attr("deaths", deaths)
+            flight.trial.set_user_attr(kind, count)
             self.patiently(run.reopen)
             return None
-        return Outcome(state="FAIL", reason=f"{error} {deaths} workers died in this trial.")
+        return Outcome(state="FAIL", reason=f"{error} {count} workers died in this trial.")
 
     def tell(self, trial: Trial, run: Run, outcome: Outcome, *, seconds: float) -> None:
         """Ends the trial, once its run has ended."""
@@ -507,3 +507,10 @@ class Launcher:
         now = time.monotonic()
         first_look, first_epoch = self.first_looks.setdefault(run_id, (now, epoch))
         return (now - first_look) / (epoch - first_epoch) if epoch > first_epoch else None
+
+
+def allowance(error: WorkerDiedError) -> tuple[str, int]:
+    """What a worker's end is counted as, and how many of these are too many for one training."""
+    if isinstance(error, WorkerLostError):
+        return "losses", MAX_LOSSES
+    return "deaths", MAX_DEATHS

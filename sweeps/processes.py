@@ -27,6 +27,10 @@ class WorkerDiedError(RuntimeError):
     """The worker ended before its job was done."""
 
 
+class WorkerLostError(WorkerDiedError):
+    """Its machine was lost, or it was before it had a job: not of that job's doing."""
+
+
 class Process:
     """A worker on this machine.
 

@@ -2,13 +2,15 @@
 
 Ray finds each a node with room and tells when that is lost. A worker there is the process that it
 is on one machine, the child of a Ray actor: so it is told to stop, dies and is warm likewise, and
-what it imports does not meet what Ray imports.
+what it imports does not meet what Ray has imported.
 """
 
+import hashlib
 import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,19 +18,19 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError
+from sqlalchemy import make_url
 
 from pipeline.config import without_password
 from pipeline.database import causes
 from sweeps.config import RayConfig
 from sweeps.executors import GRACE, Executor
-from sweeps.processes import Process, WorkerDiedError
+from sweeps.processes import Process, WorkerDiedError, WorkerLostError
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,10 @@ ANSWER = 10.0  # seconds to wait for the head of a cluster
 # What a store on a server has in its address. (A database has no place for the files of runs.)
 SERVERS = {"study.storage": ("postgresql",), "tracking.uri": ("http", "https")}
 
-# What a worker needs to write to the stores. It goes to the nodes in memory, is shown nowhere.
+LOST = (RayError, ConnectionError)  # an actor, or from outside the cluster the way to it
+GRAIN = 1e-4  # in which Ray counts resources
+
+# What a worker needs to write to the stores. It goes to the nodes with the actor; no log shows it.
 _CREDENTIALS = ("MLFLOW_TRACKING_", "PG")
 
 
@@ -76,8 +81,9 @@ class RayExecutor(Executor):
             _check_reach([node["NodeManagerHostname"] for node in nodes], addresses)
             asked = config.asked(threads)
             workers = config.workers or _room(nodes, asked)
-            _kill_left(name)
-            start = partial(_Remote, warm_up, name, asked)
+            title = f"{name}-{_digest(addresses)}"
+            _kill_left(title)
+            start = partial(_Remote, warm_up, title, asked)
             super().__init__(min(workers, most), start)
         except BaseException:
             self._disconnect()
@@ -126,12 +132,13 @@ def _find(address: str) -> str:
     Raises:
         ConnectionError: Nobody answers.
     """
-    scheme, slashes, place = address.rpartition("//")
-    host, _, port = place.rpartition(":")
+    scheme, slashes, rest = address.rpartition("//")
+    host, _, port = rest.rpartition(":")
     if not host:  # `auto`, `local`, or none
         return address
     try:
-        with socket.create_connection((host, int(port)), timeout=ANSWER) as connection:
+        place = host.strip("[]"), int(port)
+        with socket.create_connection(place, timeout=ANSWER) as connection:
             number = connection.getpeername()[0]
     except (OSError, ValueError) as error:
         raise ConnectionError(f"executor.address={address}: nobody answers: {error}.") from error
@@ -154,8 +161,11 @@ def _room(nodes: list[dict[str, Any]], asked: Mapping[str, float]) -> int:
     Raises:
         ValueError: None does.
     """
-    free = [node["Resources"] for node in nodes]
-    room = sum(min(int(has.get(kind, 0) // need) for kind, need in asked.items()) for has in free)
+    free: list[dict[str, float]] = [node["Resources"] for node in nodes]
+    room = sum(
+        min(round(has.get(kind, 0) / GRAIN) // round(need / GRAIN) for kind, need in asked.items())
+        for has in free
+    )
     if not room:
         most_of = {kind: max(has.get(kind, 0) for has in free) for kind in asked}
         raise ValueError(
@@ -186,8 +196,7 @@ def _check_reach(hosts: list[str], addresses: Mapping[str, str | None]) -> None:
     """
     elsewhere = sorted(set(hosts) - {socket.gethostname()})
     for key, uri in addresses.items():
-        scheme = urlsplit(uri or "").scheme.partition("+")[0]
-        if elsewhere and (scheme not in SERVERS[key] or _is_loopback(urlsplit(uri).hostname)):
+        if elsewhere and not (uri and _is_server(uri, SERVERS[key])):
             shown = without_password(uri) if uri else "a local file"
             raise ValueError(
                 f"{key} must be a server ({', '.join(SERVERS[key])}) that workers on "
@@ -195,16 +204,28 @@ def _check_reach(hosts: list[str], addresses: Mapping[str, str | None]) -> None:
             )
 
 
-def _is_loopback(host: Any) -> bool:
+def _is_server(uri: str, kinds: tuple[str, ...]) -> bool:
+    """Whether an address leads to the same place from every machine."""
+    url = make_url(uri)
+    host = url.host or url.query.get("host") or os.environ.get("PGHOST", "")
+    if url.get_backend_name() not in kinds or not host or host == "localhost":
+        return False
     with suppress(ValueError):  # it is a name
-        return bool(ip_address(host or "").is_loopback)
-    return bool(host == "localhost")
+        return not ip_address(str(host)).is_loopback
+    return not str(host).startswith("/")  # a socket
 
 
-def _kill_left(name: str) -> None:
+def _digest(addresses: Mapping[str, str | None]) -> str:
+    """Tells sweeps of one name apart that are kept in different places."""
+    shown = [without_password(uri) if uri else None for uri in addresses.values()]
+    where = f"{shown} {socket.gethostname() if None in shown else ''}"
+    return hashlib.sha256(where.encode()).hexdigest()[:8]
+
+
+def _kill_left(title: str) -> None:
     """Ends workers of an earlier process, which Ray may not have ended yet."""
     for each in ray.util.list_named_actors(all_namespaces=True):
-        if each["namespace"] == NAMESPACE and each["name"].startswith(f"{name}/"):
+        if each["namespace"] == NAMESPACE and each["name"].startswith(f"{title}/"):
             with suppress(ValueError):  # it has just ended
                 ray.kill(ray.get_actor(each["name"], namespace=NAMESPACE))
 
@@ -221,6 +242,7 @@ class _Host:
         os.environ.update(environment)
         if Path(folder).is_dir():  # relative paths are those of the launcher
             os.chdir(folder)
+        vars(sys.modules["__main__"]).pop("__file__", None)  # Ray's, which a child would run again
         self._process = Process(warm_up)
 
     def is_alive(self) -> bool:
@@ -242,15 +264,15 @@ class _Remote:
 
     Args:
         warm_up: Called in it before its first job.
-        name: Of the sweep or promotion.
+        title: Of the sweep or promotion, this one's alone.
         asked: Amount of each of Ray's resources.
     """
 
-    def __init__(self, warm_up: Callable[[], None], name: str, asked: Mapping[str, float]) -> None:
+    def __init__(self, warm_up: Callable[[], None], title: str, asked: Mapping[str, float]) -> None:
         environment = {key: os.environ[key] for key in os.environ if key.startswith(_CREDENTIALS)}
         actor: Any = ray.remote(_Host)
         self._actor = actor.options(
-            name=f"{name}/{uuid4().hex[:8]}",
+            name=f"{title}/{uuid4().hex[:8]}",
             namespace=NAMESPACE,
             num_cpus=asked["CPU"],
             num_gpus=asked.get("GPU", 0),
@@ -267,10 +289,13 @@ class _Remote:
         self._job = self._actor.exchange.remote(request)
         try:
             reply = ray.get(self._job)
-        except RayError as error:
+        except OutOfMemoryError as error:
+            self._kill()
+            raise WorkerDiedError("worker ended by Ray: its node had no memory left.") from error
+        except LOST as error:
             self._kill()  # a node that is cut off may still be at work
             kind = type(error).__name__
-            raise WorkerDiedError(f"worker lost with its node, or cut off ({kind}).") from error
+            raise WorkerLostError(f"worker lost with its node, or cut off ({kind}).") from error
         finally:
             self._job = None
         if isinstance(reply, str):
@@ -282,20 +307,24 @@ class _Remote:
     def is_alive(self) -> bool:
         try:
             return bool(ray.get(self._actor.is_alive.remote()))
-        except RayError:
+        except LOST as error:
+            reason = str(error).strip().rpartition("\n")[2]
+            log.warning("a worker on the cluster has gone, or not come: %s", reason)
             return False
 
     def interrupt(self) -> None:
-        if ray.wait([self._placed], timeout=0)[0]:
-            self._actor.interrupt.remote()
-        else:
-            self._kill()  # it is not to begin
+        with suppress(*LOST):
+            if ray.wait([self._placed], timeout=0)[0]:
+                self._actor.interrupt.remote()
+            else:
+                self._kill()  # it is not to begin
 
     def end(self, deadline: float) -> None:
         if job := self._job:
-            ray.wait([job], timeout=max(0.0, deadline - time.monotonic()))
+            with suppress(*LOST):
+                ray.wait([job], timeout=max(0.0, deadline - time.monotonic()))
         self._kill()
 
     def _kill(self) -> None:
-        with suppress(RayError, ValueError):
+        with suppress(*LOST, ValueError):
             ray.kill(self._actor)

@@ -61,7 +61,7 @@ def warn_of_connections(uri: str, workers: int) -> None:
     if workers + SPARE > most:
         log.warning(
             "study.storage: the server takes %d connections, and each of %d workers has one: set "
-            "its max_connections to %d, or put a pooler in front.",
+            "its max_connections to %d.",
             most,
             workers,
             workers + SPARE,
@@ -85,7 +85,7 @@ def _passing_on(name: str) -> Callable[..., Any]:
 
 
 for _name, _method in vars(BaseStorage).items():
-    if callable(_method) and not _name.startswith("_"):
+    if getattr(_method, "__isabstractmethod__", False):  # the others are made of these
         setattr(_Layer, _name, _passing_on(_name))
 abc.update_abstractmethods(_Layer)  # type: ignore[type-abstract]
 
@@ -168,10 +168,13 @@ class OwnStorage(_Layer):
     Args:
         inner: Has the study.
         study_id: In it.
+
+    Attributes:
+        strays: Trials that are there twice, as the answer was lost with the connection.
     """
 
     def __init__(self, inner: BaseStorage, study_id: int) -> None:
-        self._inner, self._study_id = inner, study_id
+        self._inner, self._study_id, self.strays = inner, study_id, 0
         self._load()
 
     def _load(self) -> None:
@@ -196,8 +199,13 @@ class OwnStorage(_Layer):
         kept = self._inner.get_trial(trial_id)
         if kept.number == draft.number:
             self._trials[trial_id] = kept
-        else:  # another was created before it: by a call whose answer was lost, or by somebody else
-            self._load()
+            return trial_id
+        self._load()  # another came before it: of a call whose answer was lost, or a stranger's
+        for first in self._trials.values():
+            same = (first.params, first.datetime_start) == (draft.params, draft.datetime_start)
+            if same and first.number == draft.number:
+                self.strays += 1
+                return first._trial_id
         return trial_id
 
     def read(self, trial_id: int) -> None:

@@ -274,6 +274,9 @@ def build_sampler(
     """
     match config:
         case TPEConfig():
+            from sweeps.fast_tpe import use_scipy
+
+            use_scipy()
             return TPESampler(
                 n_startup_trials=config.n_startup_trials,
                 n_ei_candidates=config.n_ei_candidates,
@@ -391,7 +394,7 @@ class Asker:
     def ask(self) -> tuple[Trial, Values]:
         """A new trial, which the database has whole or not at all."""
         trials = self.study.get_trials(deepcopy=False)
-        number = len(trials)
+        number = len(trials) - self._storage.strays
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
         if number < len(self.known) and not waiting:
             self.study.enqueue_trial(self.known[number])

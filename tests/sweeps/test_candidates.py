@@ -3,6 +3,7 @@
 import shlex
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -329,7 +330,9 @@ class Session:
 
     def again(self) -> "Session":
         """As another process would go on."""
-        fresh = replace(self.retraining, flights={}, deaths={}, failures={}, is_landing=False)
+        fresh = replace(
+            self.retraining, flights={}, deaths=Counter(), failures={}, is_landing=False
+        )
         return replace(self, retraining=fresh, said=[])
 
 

@@ -201,5 +201,5 @@ def test_too_few_connections_for_the_workers_are_told(
 
     assert caplog.messages == [
         "study.storage: the server takes 100 connections, and each of 81 workers has one: set its "
-        "max_connections to 101, or put a pooler in front."
+        "max_connections to 101."
     ]
