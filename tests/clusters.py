@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+# Ray has its workers step back behind all else, which beside other tests are never done.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray spells it so
+
 import ray
 from ray.cluster_utils import Cluster
 
@@ -56,8 +59,9 @@ def ray_nodes(*cpus: float) -> Iterator[Nodes]:
     The cores are counted, not reserved: there may be more than the machine has.
     """
     store: dict[str, Any] = {"object_store_memory": STORE, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
+    cluster = Cluster()
     try:
+        cluster.add_node(num_cpus=0, **store)
         yield Nodes(cluster, [cluster.add_node(num_cpus=count, **store) for count in cpus])
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]

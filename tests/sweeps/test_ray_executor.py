@@ -3,6 +3,8 @@
 import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
@@ -17,6 +19,8 @@ from sweeps.executors import WorkerDiedError
 from sweeps.ray_executor import RayExecutor
 from tests.clusters import Nodes, ray_nodes
 from tests.servers import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
 
 LIMIT = 90.0  # seconds, of a busy machine
 LOCAL: dict[str, str | None] = {"study.storage": "sqlite:////tmp/optuna.db", "tracking.uri": None}
@@ -42,10 +46,11 @@ def note_and_sleep(folder: Path) -> None:
     time.sleep(600)
 
 
-def open_on(address: str, **changes: Any) -> RayExecutor:
+def open_on(address: str, study: str = "sqlite:////tmp/mine.db", **changes: Any) -> RayExecutor:
     settings = {"workers": None, "address": address, "cpus": 1, "memory": None, "gpus": 0}
     config = RayConfig(name="ray", **{**settings, **changes})
-    return RayExecutor(config, nothing, name="room", threads=1, most=8, addresses=LOCAL)
+    addresses = {**LOCAL, "study.storage": study}
+    return RayExecutor(config, nothing, name="room", threads=1, most=12, addresses=addresses)
 
 
 def test_the_job_of_a_lost_node_fails_and_the_next_one_runs_where_a_node_comes(
@@ -70,12 +75,42 @@ def test_the_job_of_a_lost_node_fails_and_the_next_one_runs_where_a_node_comes(
 
 
 def test_there_are_as_many_workers_as_fit_unless_told(nodes: Nodes) -> None:
-    with open_on(nodes.address, cpus=0.25) as many:
-        assert many.workers == 8
+    with open_on(nodes.address, cpus=0.2) as many:
+        assert many.workers == 10
     with open_on(nodes.address, cpus=0.75) as two:
         assert two.workers == 2
     with open_on(nodes.address, workers=3) as three:
         assert three.workers == 3
+
+
+def test_a_worker_does_not_import_ray(nodes: Nodes) -> None:
+    with open_on(nodes.address) as executor:
+        # A function of this module would import it.
+        has_ray = executor.submit(eval, "'ray' in __import__('sys').modules")
+
+        assert has_ray.result(timeout=LIMIT) is False
+
+
+def test_workers_of_a_sweep_of_the_same_name_elsewhere_are_left_alone(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    with open_on(nodes.address, workers=1) as mine:
+        job = mine.submit(note_and_sleep, tmp_path)
+        end = time.monotonic() + LIMIT
+        while not list(tmp_path.iterdir()) and time.monotonic() < end:
+            time.sleep(0.05)
+
+        code = (
+            "import sys; from tests.sweeps.test_ray_executor import open_on, process;"
+            "yours = open_on(sys.argv[1], 'sqlite:////tmp/yours.db', workers=1);"
+            "print(yours.submit(process).result(timeout=90)); yours.stop(grace=0)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, nodes.address], cwd=ROOT, check=True, capture_output=True
+        )
+
+        assert int(done.stdout) > 0
+        assert not job.done()
 
 
 def test_an_executor_that_is_stopped_twice_leaves_the_cluster_once(nodes: Nodes) -> None:
@@ -105,7 +140,7 @@ def test_an_executor_that_is_stopped_twice_leaves_the_cluster_once(nodes: Nodes)
     ids=str,
 )
 def test_a_worker_for_which_no_node_has_room_is_refused(
-    nodes: Nodes, asked: dict[str, float], told: str
+    nodes: Nodes, asked: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(ValueError) as error:
         open_on(nodes.address, **asked)
@@ -146,6 +181,9 @@ def test_stores_that_other_machines_would_seek_on_their_own_are_refused() -> Non
         ("tracking.uri", None),
         ("tracking.uri", "http://127.0.0.1:5000"),
         ("tracking.uri", "postgresql+psycopg://ann:secret@10.0.0.1/mlflow"),
+        ("study.storage", "postgresql+psycopg:///optuna"),
+        ("study.storage", "postgresql+psycopg:///optuna?host=localhost"),
+        ("study.storage", "postgresql+psycopg:///optuna?host=/run/postgresql"),
     ]:
         with pytest.raises(ValueError) as error:
             _check_reach(hosts, {key: uri})

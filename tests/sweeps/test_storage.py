@@ -2,17 +2,24 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sweeps.config import RandomConfig, SearchConfig
-from sweeps.space import build_space
-from sweeps.storage import OwnStorage, open_storage, patient_storage, warn_of_connections
+from sweeps.space import Values, build_space
+from sweeps.storage import (
+    OwnStorage,
+    _Layer,
+    open_storage,
+    patient_storage,
+    warn_of_connections,
+)
 from sweeps.study import Asker, open_study
 
 pytestmark = [
@@ -38,12 +45,16 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     gc.collect()
 
 
-def launcher(uri: str) -> Asker:
+def launcher(
+    uri: str,
+    layer: Callable[[BaseStorage], BaseStorage] = lambda storage: storage,
+    known: Sequence[Values] = (),
+) -> Asker:
     """One that has just come, with nothing but the database."""
-    study = open_study("sweep", patient_storage(uri, seconds=0.0), ["maximize"])
+    study = open_study("sweep", layer(patient_storage(uri, seconds=0.0)), ["maximize"])
     space = build_space(SearchConfig(space=SPACE, when={}), {}, [])
     random = RandomConfig(name="random")
-    return Asker(study, space, random, seed=0, known=[], configured={})
+    return Asker(study, space, random, seed=0, known=known, configured={})
 
 
 def stored(uri: str) -> list[FrozenTrial]:
@@ -152,6 +163,35 @@ def test_a_trial_that_somebody_else_created_is_noticed(uri: str) -> None:
 
     assert (foreign.number, asked.number) == (1, 2)
     assert [trial.number for trial in asking.study.get_trials()] == [0, 1, 2]
+
+
+class Losing(_Layer):
+    """Loses the answer to its first new trial, and asks for it again."""
+
+    def __init__(self, inner: BaseStorage) -> None:
+        self._inner, self.is_first = inner, True
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        if self.is_first:
+            self.is_first = False
+            self._inner.create_new_trial(study_id, template_trial)
+        return self._inner.create_new_trial(study_id, template_trial)
+
+
+def test_a_trial_whose_answer_was_lost_is_gone_on_with_and_nothing_is_passed_over(
+    uri: str,
+) -> None:
+    known: list[Values] = [
+        {"model.dropout_rate": rate, "model.hidden_units": 64, "model.activation": "relu"}
+        for rate in (0.1, 0.2, 0.3)
+    ]
+    asking = launcher(uri, Losing, known=known)
+
+    asked = [asking.ask() for _ in range(3)]
+
+    assert [values for _, values in asked] == known
+    assert [trial.number for trial, _ in asked] == [0, 2, 3]
+    assert [trial.number for trial in asking.study.trials] == [0, 1, 2, 3]
 
 
 def test_a_finished_trial_cannot_be_told_again(uri: str) -> None:
