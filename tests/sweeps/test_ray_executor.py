@@ -1,5 +1,6 @@
 """What a Ray cluster adds: nodes that come and go, room, what workers there can reach."""
 
+import gc
 import os
 import re
 import socket
@@ -33,10 +34,6 @@ def nodes() -> Iterator[Nodes]:
         yield nodes
 
 
-def nothing() -> None:
-    pass
-
-
 def process() -> int:
     return os.getpid()
 
@@ -50,7 +47,7 @@ def open_on(address: str, study: str = "sqlite:////tmp/mine.db", **changes: Any)
     settings = {"workers": None, "address": address, "cpus": 1, "memory": None, "gpus": 0}
     config = RayConfig(name="ray", **{**settings, **changes})
     addresses = {**LOCAL, "study.storage": study}
-    return RayExecutor(config, nothing, name="room", threads=1, most=12, addresses=addresses)
+    return RayExecutor(config, gc.enable, name="room", threads=1, most=12, addresses=addresses)
 
 
 def test_the_job_of_a_lost_node_fails_and_the_next_one_runs_where_a_node_comes(
@@ -85,7 +82,7 @@ def test_there_are_as_many_workers_as_fit_unless_told(nodes: Nodes) -> None:
 
 def test_a_worker_does_not_import_ray(nodes: Nodes) -> None:
     with open_on(nodes.address) as executor:
-        # A function of this module would import it.
+        # Functions of this module would import it: as the job, or to warm up.
         has_ray = executor.submit(eval, "'ray' in __import__('sys').modules")
 
         assert has_ray.result(timeout=LIMIT) is False
