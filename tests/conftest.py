@@ -15,7 +15,9 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from selenium.webdriver.remote.webdriver import WebDriver
-from sqlalchemy import Engine, StaticPool, create_engine
+from sqlalchemy import Engine, Pool, StaticPool, create_engine, event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from pipeline import fast_imports
 from pipeline.compose import CONF, to_config
@@ -174,7 +176,21 @@ def postgresql(need: Callable[[object, str], None]) -> Iterator[Postgresql]:
         yield server
 
 
-@pytest.fixture(scope="session")
-def new_database(postgresql: Postgresql) -> Callable[[], str]:
-    """Creates an empty database on a real PostgreSQL server and gives its address."""
-    return postgresql.new_database
+@pytest.fixture
+def new_database(postgresql: Postgresql) -> Iterator[Callable[[], str]]:
+    """Creates an empty database on a real PostgreSQL server and gives its address.
+
+    Connections of the test itself are closed behind it: Optuna leaves its own to the garbage
+    collector, which finds them in the midst of another test.
+    """
+    opened: list[DBAPIConnection] = []
+
+    def remember(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        if not isinstance(connection, Connection):
+            opened.append(connection)
+
+    event.listen(Pool, "connect", remember)
+    yield postgresql.new_database
+    event.remove(Pool, "connect", remember)
+    for connection in opened:
+        connection.close()

@@ -4,7 +4,6 @@ import re
 import shlex
 import signal
 import sqlite3
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import sqlalchemy
 from tests.launching import OnTerminal, Started, run, wait_until, without_escapes
 from tests.passwords import dump, forms, guard, holding
 from tests.promotions import PROMOTE, TINY, Bench, registry
+from tests.servers import Postgresql
 from tests.stores import query, seconds_until_quiet
 
 FREE = "promote.floor=0"
@@ -262,9 +262,9 @@ class Remote:
 
 
 @pytest.fixture(scope="module")
-def remote(new_database: Callable[[], str], tmp_path_factory: pytest.TempPathFactory) -> Remote:
+def remote(postgresql: Postgresql, tmp_path_factory: pytest.TempPathFactory) -> Remote:
     folder = tmp_path_factory.mktemp("remote")
-    uri, studies = new_database(), new_database()
+    uri, studies = postgresql.new_database(), postgresql.new_database()
     secret, storage = guard(uri, "clara", RUNS), guard(studies, "dora", STUDIES)
     swept = run(
         *TINY,

@@ -4,7 +4,7 @@ import base64
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 
 from tests.launching import ENVIRONMENT, SWEEP, Started, run
 from tests.passwords import dump, forms, guard, holding
+from tests.servers import Postgresql
 
 # Of the runs, and of the study: each is found by what stands at its ends.
 RUNS, STUDY = """hush7f3a@:/'" %&=?#mute9c1e""", "calm4b2d$,[]{}\\é+still8e6f"
@@ -62,12 +63,13 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(new_database: Callable[[], str], tmp_path_factory: pytest.TempPathFactory) -> Story:
+def story(postgresql: Postgresql, tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("hushed")
     for name in ("tmp", "home"):
         (folder / name).mkdir()
     own = {**ENVIRONMENT, "TMPDIR": str(folder / "tmp"), "HOME": str(folder / "home")}
-    runs, study = guard(new_database(), "ann", RUNS), guard(new_database(), "bob", STUDY)
+    runs = guard(postgresql.new_database(), "ann", RUNS)
+    study = guard(postgresql.new_database(), "bob", STUDY)
     addresses = [f"tracking.uri={runs}", f"study.storage={study}"]
     ends, texts = {}, {}
 

@@ -1,8 +1,7 @@
 """What every storage of a study promises, on a file and on a server."""
 
-import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import optuna
@@ -22,11 +21,7 @@ from sweeps.storage import (
 )
 from sweeps.study import Asker, open_study
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
-    # Optuna leaves its connections to the garbage collector.
-    pytest.mark.filterwarnings("ignore:<psycopg.Connection.*was deleted:ResourceWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 SPACE = {
     "model.dropout_rate": "interval(0.0, 0.5)",
@@ -36,13 +31,11 @@ SPACE = {
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Of a database that is not there yet, or on a server is empty."""
     if request.param == "postgresql":
-        yield request.getfixturevalue("new_database")()
-    else:
-        yield f"sqlite:///{tmp_path / 'optuna.db'}"
-    gc.collect()
+        return str(request.getfixturevalue("new_database")())
+    return f"sqlite:///{tmp_path / 'optuna.db'}"
 
 
 def launcher(

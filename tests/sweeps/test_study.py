@@ -1,7 +1,6 @@
 """The study: its storage, who holds it, what is asked of it, also after the asking one died."""
 
 import functools
-import gc
 import itertools
 import math
 import multiprocessing
@@ -53,22 +52,17 @@ SERVERS = ("sqlite", "postgresql")
 spawn = multiprocessing.get_context("spawn")
 
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
-    # Optuna leaves its connections to the garbage collector.
-    pytest.mark.filterwarnings("ignore:<psycopg.Connection.*was deleted:ResourceWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
 @pytest.fixture
-def new_address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databases]:
+def new_address(request: pytest.FixtureRequest, tmp_path: Path) -> Databases:
     """Addresses of databases that are not there yet, or on a server are empty."""
     if request.param == "postgresql":
-        yield request.getfixturevalue("new_database")
-    else:
-        folders = itertools.count()
-        yield lambda: f"sqlite:///{tmp_path / str(next(folders)) / 'optuna.db'}"
-    gc.collect()
+        on_server: Databases = request.getfixturevalue("new_database")
+        return on_server
+    folders = itertools.count()
+    return lambda: f"sqlite:///{tmp_path / str(next(folders)) / 'optuna.db'}"
 
 
 @pytest.fixture
