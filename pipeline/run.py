@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,7 @@ def execute_run(
     data: Data | None = None,
     into: Run | None = None,
     checkpoint: Path | None = None,
+    constants: Mapping[str, float] | None = None,
 ) -> RunResult:
     """Trains, evaluates and records one model.
 
@@ -71,6 +72,7 @@ def execute_run(
         into: Run to record in: created beforehand, or to go on with.
         checkpoint: File that keeps the training after each epoch, and from which one that was
             killed goes on.
+        constants: Metrics that are known beforehand, recorded with the first epoch.
 
     Raises:
         ValueError: The data or the size of the network is refused; no run is recorded then, but
@@ -113,7 +115,9 @@ def execute_run(
                 if metrics.get("val_accuracy", -1.0) > best.get("best_val_accuracy", -1.0):
                     best.update(best_val_accuracy=metrics["val_accuracy"], best_epoch=epoch)
                 # The UI's page that compares runs begins with what was recorded first.
-                run.log_metrics({**best, "epoch": epoch, **metrics}, step=epoch, once=once)
+                first = (constants or {}) if epoch == 1 else {}
+                known = {**best, "epoch": epoch, **metrics, **first}
+                run.log_metrics(known, step=epoch, once=once)
             on_epoch_end(epoch, metrics)
             hook_seconds.append(time.perf_counter() - begin)
 

@@ -169,7 +169,7 @@ class Launcher:
         ]
         while not self.must_stop():
             while free and self.may_ask() and not self.has_failed:
-                trial, values = waiting.pop(0) if waiting else self.ask()
+                trial, values = waiting.pop(0) if waiting else self.ask(free[-1])
                 if self.submit(trial, values, free[-1]):
                     free.pop()
             if not self.flights:
@@ -191,8 +191,8 @@ class Launcher:
             if time.monotonic() >= self.next_renewal:
                 self.renew()
 
-    def ask(self) -> tuple[Trial, Values]:
-        trial, values = self.asker.ask()
+    def ask(self, slot: Slot) -> tuple[Trial, Values]:
+        trial, values = self.asker.ask({"worker": slot.number})
         self.asked.add(trial.number)
         self.new.add(trial.number)
         return trial, values
@@ -391,9 +391,11 @@ class Launcher:
             trial_id=trial._trial_id,
             pruner=NoPrunerConfig(name="none") if is_baseline else config.pruner,
             patience=config.sweep.patience,
+            constants=logarithms(self.plan, values),
         )
         job.checkpoint.parent.mkdir(parents=True, exist_ok=True)  # a worker sees it, or has its own
-        trial.set_user_attr("worker", slot.number)
+        if trial.user_attrs.get("worker") != slot.number:  # it is tried again
+            trial.set_user_attr("worker", slot.number)
         flight = Flight(trial=trial, values=values, run=run, job=job, slot=slot)
         self.flights[self.executor.submit(run_trial, job)] = flight
         return True
@@ -470,8 +472,6 @@ class Launcher:
             trial.set_user_attr("reason", outcome.reason)
         elif outcome.state == "PRUNED":
             run.end("KILLED")
-        if metrics := logarithms(self.plan, trial.params):
-            run.log_metrics(metrics)
         trial.set_user_attr("seconds", seconds)
         trial.set_user_attr("epochs", outcome.epochs)
         values = outcome.values or None

@@ -115,6 +115,11 @@ class _PatientStorage(_Layer):
             self._seconds = 0.0  # once in vain, it waits no more
             raise
 
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        """Of a trial that was just created, the inner storage knows without asking."""
+        name = "get_trial_id_from_study_id_trial_number"
+        return int(self._pass_on(name, study_id, trial_number))
+
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
@@ -196,9 +201,10 @@ class OwnStorage(_Layer):
             return trial_id
         draft = self._trials.pop(trial_id)
         trial_id = self._inner.create_new_trial(self._study_id, draft)
-        kept = self._inner.get_trial(trial_id)
-        if kept.number == draft.number:
-            self._trials[trial_id] = kept
+        at_number = self._inner.get_trial_id_from_study_id_trial_number
+        if at_number(self._study_id, draft.number) == trial_id:
+            draft._trial_id = trial_id
+            self._trials[trial_id] = draft
             return trial_id
         self._load()  # another came before it: of a call whose answer was lost, or a stranger's
         for first in self._trials.values():

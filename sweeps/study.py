@@ -391,8 +391,12 @@ class Asker:
         )
         self.space, self.known, self.configured = space, known, configured
 
-    def ask(self) -> tuple[Trial, Values]:
-        """A new trial, which the database has whole or not at all."""
+    def ask(self, attributes: Mapping[str, Any] | None = None) -> tuple[Trial, Values]:
+        """A new trial, which the database has whole or not at all.
+
+        Args:
+            attributes: Of the trial, for its user.
+        """
         trials = self.study.get_trials(deepcopy=False)
         number = len(trials) - self._storage.strays
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
@@ -400,11 +404,14 @@ class Asker:
             self.study.enqueue_trial(self.known[number])
         draft = self.study.ask()
         values = self._suggest(draft)
+        for name, value in (attributes or {}).items():
+            draft.set_user_attr(name, value)
         return Trial(self.study, self._storage.keep(draft._trial_id)), values
 
     def tell(self, trial: Trial, values: Sequence[float] | None, state: TrialState) -> FrozenTrial:
         """Ends a trial, of which a worker may have reported epochs."""
-        self._storage.read(trial._trial_id)
+        if state == TrialState.PRUNED:  # its value is the last that was reported
+            self._storage.read(trial._trial_id)
         return self.study.tell(trial, values, state=state)
 
     def adopt(self, frozen: FrozenTrial) -> tuple[Trial, Values]:

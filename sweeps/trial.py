@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,7 @@ class Training:
         objectives: What its outcome tells.
         home: The launcher's machine.
         patience: Seconds to wait for a server, of the runs or the study, that is away.
+        constants: Metrics of the whole run that are known beforehand.
     """
 
     config: RunConfig
@@ -51,6 +52,7 @@ class Training:
     objectives: tuple[str, ...]
     home: str
     patience: float
+    constants: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,7 @@ def _run(job: Training, open_report: Callable[[], EpochHook]) -> Outcome:
             data=_load(job.config.data),
             into=job.run,
             checkpoint=job.checkpoint,
+            constants=job.constants,
         )
     except StopRun:
         return Outcome(state="PRUNED", epochs=epochs)
