@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "digit-sweeps"  # of the names of our actors
 ANSWER = 10.0  # seconds to wait for the head of a cluster
+UNSAID = 30.0  # seconds that workers may wait for room without a word
 
 # What a store on a server has in its address. (A database has no place for the files of runs.)
 SERVERS = {"study.storage": ("postgresql",), "tracking.uri": ("http", "https")}
@@ -74,6 +76,8 @@ class RayExecutor(Executor):
         addresses: Mapping[str, str | None],
     ) -> None:
         self._is_ours, self._is_over = not ray.is_initialized(), False
+        self._notice = threading.Timer(UNSAID, self._tell_of_waiting)
+        self._notice.daemon = True
         if self._is_ours:
             _connect(config.address)
         try:
@@ -85,6 +89,7 @@ class RayExecutor(Executor):
             _kill_left(title)
             start = partial(_Remote, warm_up, title, asked)
             super().__init__(min(workers, most), start)
+            self._notice.start()
         except BaseException:
             self._disconnect()
             raise
@@ -94,8 +99,23 @@ class RayExecutor(Executor):
             super().stop(grace)
             self._disconnect()
 
+    def _tell_of_waiting(self) -> None:
+        remotes = [each for each in self._workers.values() if isinstance(each, _Remote)]
+        waiting = 0
+        with suppress(*LOST):  # the cluster is gone, which others say
+            waiting = sum(not each.is_placed for each in remotes)
+        if waiting:
+            log.warning(
+                "%d of %d workers wait for room on the cluster: `ray status` shows what is taken.",
+                waiting,
+                len(remotes),
+            )
+
     def _disconnect(self) -> None:
         self._is_over = True
+        self._notice.cancel()
+        if self._notice.is_alive():
+            self._notice.join()  # or it would connect anew
         if self._is_ours:
             ray.shutdown()
 
@@ -285,6 +305,11 @@ class _Remote:
     def when_placed(self, tell: Callable[[], None]) -> None:
         self._placed.future().add_done_callback(lambda _: tell())
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether it has room on a node, or never will have."""
+        return bool(ray.wait([self._placed], timeout=0)[0])
+
     def exchange(self, request: bytes) -> bytes:
         self._job = self._actor.exchange.remote(request)
         try:
@@ -314,7 +339,7 @@ class _Remote:
 
     def interrupt(self) -> None:
         with suppress(*LOST):
-            if ray.wait([self._placed], timeout=0)[0]:
+            if self.is_placed:
                 self._actor.interrupt.remote()
             else:
                 self._kill()  # it is not to begin

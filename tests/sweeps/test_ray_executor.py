@@ -80,6 +80,19 @@ def test_there_are_as_many_workers_as_fit_unless_told(nodes: Nodes) -> None:
         assert three.workers == 3
 
 
+def test_workers_that_wait_for_room_are_told(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sweeps.ray_executor.UNSAID", 3.0)
+    with open_on(nodes.address, workers=3) as executor:
+        assert executor.submit(process).result(timeout=LIMIT) > 0
+        end = time.monotonic() + LIMIT
+        while not caplog.messages and time.monotonic() < end:
+            time.sleep(0.05)
+
+    assert re.fullmatch(r"[123] of 3 workers wait for room on the cluster: .*", caplog.messages[0])
+
+
 def test_a_worker_does_not_import_ray(nodes: Nodes) -> None:
     with open_on(nodes.address) as executor:
         # Functions of this module would import it: as the job, or to warm up.
