@@ -72,7 +72,7 @@ def execute_run(
         into: Run to record in: created beforehand, or to go on with.
         checkpoint: File that keeps the training after each epoch, and from which one that was
             killed goes on.
-        constants: Metrics that are known beforehand, recorded with the first epoch.
+        constants: Metrics of the whole run that are known beforehand, recorded with an epoch.
 
     Raises:
         ValueError: The data or the size of the network is refused; no run is recorded then, but
@@ -107,6 +107,7 @@ def execute_run(
         best = {name: value for name, value in recorded.items() if name.startswith("best_")}
         if once:
             best = _best_before(checkpoint)
+        unsaid = {name: x for name, x in (constants or {}).items() if name not in recorded}
         hook_seconds: list[float] = []
 
         def report(epoch: int, metrics: Metrics) -> None:
@@ -115,9 +116,9 @@ def execute_run(
                 if metrics.get("val_accuracy", -1.0) > best.get("best_val_accuracy", -1.0):
                     best.update(best_val_accuracy=metrics["val_accuracy"], best_epoch=epoch)
                 # The UI's page that compares runs begins with what was recorded first.
-                first = (constants or {}) if epoch == 1 else {}
-                known = {**best, "epoch": epoch, **metrics, **first}
-                run.log_metrics(known, step=epoch, once=once)
+                ordered = {**best, "epoch": epoch, **metrics}
+                run.log_metrics(ordered, step=epoch, once=once, constants=unsaid)
+                unsaid.clear()
             on_epoch_end(epoch, metrics)
             hook_seconds.append(time.perf_counter() - begin)
 

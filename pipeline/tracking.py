@@ -161,7 +161,12 @@ class Run:
             self.spool.add(_ending(status), self._about)
 
     def log_metrics(
-        self, metrics: Mapping[str, float], *, step: int = 0, once: bool = False
+        self,
+        metrics: Mapping[str, float],
+        *,
+        step: int = 0,
+        once: bool = False,
+        constants: Mapping[str, float] | None = None,
     ) -> None:
         """Records metrics of an epoch, or with step 0 of the whole run, in one synchronous call.
 
@@ -169,9 +174,11 @@ class Run:
             metrics: By name.
             step: The epoch, from 1.
             once: Whether the store is asked first, and told only what it has not of this epoch.
+            constants: Metrics of the whole run, in the same call.
         """
         now = _now()
         batch = [[name, value, now, step] for name, value in metrics.items()]
+        batch += [[name, value, now, 0] for name, value in (constants or {}).items()]
         self.tell({"kind": "metrics", "metrics": batch, "once": once})
 
     def log_figure(self, figure: Figure, name: str) -> None:

@@ -470,6 +470,8 @@ class Launcher:
         if outcome.state == "FAIL":
             run.end("FAILED", error=outcome.reason)
             trial.set_user_attr("reason", outcome.reason)
+            if not outcome.epochs and (constants := logarithms(self.plan, trial.params)):
+                run.log_metrics(constants)  # which a worker records with its first epoch
         elif outcome.state == "PRUNED":
             run.end("KILLED")
         trial.set_user_attr("seconds", seconds)

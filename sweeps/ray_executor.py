@@ -100,22 +100,23 @@ class RayExecutor(Executor):
             self._disconnect()
 
     def _tell_of_waiting(self) -> None:
-        remotes = [each for each in self._workers.values() if isinstance(each, _Remote)]
-        waiting = 0
-        with suppress(*LOST):  # the cluster is gone, which others say
-            waiting = sum(not each.is_placed for each in remotes)
-        if waiting:
+        workers = [each.placed for each in self._workers.values() if isinstance(each, _Remote)]
+        waiting: list[Any] = []
+        with suppress(Exception):  # the cluster is gone, which others say
+            _, waiting = ray.wait(workers, num_returns=len(workers), timeout=0)
+        if waiting and not self._stopped:
             log.warning(
-                "%d of %d workers wait for room on the cluster: `ray status` shows what is taken.",
-                waiting,
-                len(remotes),
+                "%d of %d workers have not started yet: they wait for room where `ray status` "
+                "shows none.",
+                len(waiting),
+                len(workers),
             )
 
     def _disconnect(self) -> None:
         self._is_over = True
         self._notice.cancel()
         if self._notice.is_alive():
-            self._notice.join()  # or it would connect anew
+            self._notice.join(ANSWER)  # or it would connect anew
         if self._is_ours:
             ray.shutdown()
 
@@ -286,6 +287,9 @@ class _Remote:
         warm_up: Called in it before its first job.
         title: Of the sweep or promotion, this one's alone.
         asked: Amount of each of Ray's resources.
+
+    Attributes:
+        placed: Is there once it has started on a node, or never will.
     """
 
     def __init__(self, warm_up: Callable[[], None], title: str, asked: Mapping[str, float]) -> None:
@@ -299,16 +303,11 @@ class _Remote:
             memory=asked.get("memory"),
             max_concurrency=2,  # a job, and its interruption
         ).remote(warm_up, str(Path.cwd()), environment)
-        self._placed = self._actor.is_alive.remote()
+        self.placed = self._actor.is_alive.remote()
         self._job: Any = None
 
     def when_placed(self, tell: Callable[[], None]) -> None:
-        self._placed.future().add_done_callback(lambda _: tell())
-
-    @property
-    def is_placed(self) -> bool:
-        """Whether it has room on a node, or never will have."""
-        return bool(ray.wait([self._placed], timeout=0)[0])
+        self.placed.future().add_done_callback(lambda _: tell())
 
     def exchange(self, request: bytes) -> bytes:
         self._job = self._actor.exchange.remote(request)
@@ -339,7 +338,7 @@ class _Remote:
 
     def interrupt(self) -> None:
         with suppress(*LOST):
-            if self.is_placed:
+            if ray.wait([self.placed], timeout=0)[0]:
                 self._actor.interrupt.remote()
             else:
                 self._kill()  # it is not to begin

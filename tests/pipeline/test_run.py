@@ -245,6 +245,24 @@ def test_a_run_can_be_nested_under_another(quick: Configure, tmp_path: Path) -> 
     assert find_run(store, {"trial": 3}, parent=parent) == child
 
 
+def test_what_is_known_beforehand_is_told_once_of_the_whole_run(
+    quick: Configure, tmp_path: Path
+) -> None:
+    config = quick("evaluate_test=false")
+    run = create_run(open_store(config.tracking), "pruned", {})
+
+    def stop(epoch: int, metrics: dict[str, float]) -> None:
+        raise StopRun
+
+    for _ in range(2):
+        with pytest.raises(StopRun):
+            execute_run(config, COMMAND, on_epoch_end=stop, into=run, constants={"log10/x": 2.0})
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
+    told = client.get_metric_history(run.run_id, "log10/x")
+    assert [(metric.step, metric.value) for metric in told] == [(0, 2.0)]
+
+
 def test_a_diverged_run_is_failed_with_its_epoch_and_has_no_figures_of_it(
     quick: Configure, tmp_path: Path
 ) -> None:

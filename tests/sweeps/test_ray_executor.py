@@ -83,14 +83,18 @@ def test_there_are_as_many_workers_as_fit_unless_told(nodes: Nodes) -> None:
 def test_workers_that_wait_for_room_are_told(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sweeps.ray_executor.UNSAID", 3.0)
+    monkeypatch.setattr("sweeps.ray_executor.UNSAID", 0.1)  # when none has started
     with open_on(nodes.address, workers=3) as executor:
-        assert executor.submit(process).result(timeout=LIMIT) > 0
         end = time.monotonic() + LIMIT
         while not caplog.messages and time.monotonic() < end:
             time.sleep(0.05)
+        while not caplog.messages[-1].startswith("1 ") and time.monotonic() < end:
+            time.sleep(0.5)
+            executor._tell_of_waiting()
 
-    assert re.fullmatch(r"[123] of 3 workers wait for room on the cluster: .*", caplog.messages[0])
+    told = "workers have not started yet: they wait for room where `ray status` shows none."
+    assert caplog.messages[0] == f"3 of 3 {told}"
+    assert caplog.messages[-1] == f"1 of 3 {told}"
 
 
 def test_a_worker_does_not_import_ray(nodes: Nodes) -> None:
