@@ -83,11 +83,19 @@ def without_pyplot() -> Iterator[None]:
             del sys.modules["matplotlib"]
 
 
-def start_libraries() -> None:
-    """Imports what takes seconds: TensorFlow, Keras, MLflow; its messages are not shown."""
+def import_libraries() -> None:
+    """Imports what takes seconds: TensorFlow, Keras, MLflow, and all that trains with them."""
     with _stderr_closed(), fast_imports(), without_pyplot():
-        import tensorflow as tf
+        import tensorflow  # noqa: F401
 
-        import pipeline.tracking  # noqa: F401
+        import pipeline.tracking
+        import pipeline.train  # noqa: F401
+
+
+def start_libraries() -> None:
+    """Likewise, and looks for GPUs; the libraries' messages are not shown."""
+    import_libraries()
+    with _stderr_closed():
+        import tensorflow as tf
 
         tf.config.list_physical_devices()  # looks for GPUs, and says so

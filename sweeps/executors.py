@@ -4,16 +4,17 @@ An executor has `submit(function, *arguments) -> Future`, with the death of a wo
 `WorkerDiedError` in the future, and `stop()`. What differs is the kind of its workers.
 """
 
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from typing import Protocol, Self, TypeVar
 
 from sweeps.config import ExecutorConfig, RayConfig
-from sweeps.processes import Process, WorkerDiedError, WorkerLostError
+from sweeps.processes import LIBRARIES, Process, WorkerDiedError, WorkerLostError
 
 __all__ = [
     "GRACE",
@@ -144,10 +145,14 @@ class LocalExecutor(Executor):
     Args:
         workers: Number of processes.
         warm_up: Called in each before its first job.
+        imports: Modules that they are forked with.
     """
 
-    def __init__(self, workers: int, warm_up: Callable[[], None]) -> None:
-        super().__init__(workers, lambda: Process(warm_up))
+    def __init__(
+        self, workers: int, warm_up: Callable[[], None], imports: Sequence[str] = LIBRARIES
+    ) -> None:
+        environment = dict(os.environ)  # as it is now, not while a request changes it for itself
+        super().__init__(workers, lambda: Process(warm_up, environment, imports))
 
 
 def open_executor(

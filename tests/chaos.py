@@ -42,8 +42,7 @@ SHOWN = 10  # of what is broken, of each invariant
 # Python's own, of a process whose parent was killed while it started: no line of ours has run.
 ORPHANED = re.compile(
     r"""Traceback \(most recent call last\):
-  File "<string>", line 1, in <module>
-(?:    .*\n)*(?:  File ".*multiprocessing.spawn\.py", line \d+, in \w+\n(?:    .*\n)*)+"""
+(?:  File ".*multiprocessing.(?:forkserver|spawn)\.py", line \d+, in \w+\n(?:    .*\n)*)+"""
     r"EOFError: Ran out of input\n"
 )
 

@@ -7,6 +7,7 @@ wrapped as soon as their modules are imported.
 
 import importlib.machinery
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -147,7 +148,8 @@ def befall(fate: str) -> None:
     if fate == "exit":
         os._exit(7)
     if fate in ("orphaned", "frozen"):
-        os.kill(os.getppid(), signal.SIGKILL)
+        launcher = multiprocessing.parent_process()  # of the worker that this is
+        os.kill(launcher.pid if launcher and launcher.pid else os.getppid(), signal.SIGKILL)
     if fate == "orphaned":
         time.sleep(600)
     os.kill(os.getpid(), signal.SIGKILL if fate == "die" else signal.SIGSTOP)

@@ -72,6 +72,12 @@ def seconds_without_core(process: int) -> float:
     return max(waited) / 1e9
 
 
+def workers_of(launcher: psutil.Process) -> list[psutil.Process]:
+    """Worker processes of a launcher: the forks of its fork server."""
+    servers = [each for each in launcher.children() if "forkserver" in " ".join(each.cmdline())]
+    return [worker for server in servers for worker in server.children()]
+
+
 class Started:
     """A command under way; what it writes is collected. Killed when a test fails meanwhile."""
 
@@ -107,8 +113,7 @@ class Started:
 
     @property
     def workers(self) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        return workers_of(psutil.Process(self.process.pid))
 
     def says(self, pattern: str, *, limit: float = 120) -> None:
         """Waits until the output has a line."""

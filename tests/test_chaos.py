@@ -295,19 +295,11 @@ def test_only_what_python_says_of_a_parent_that_was_killed_is_no_traceback_of_ou
 
 
 def orphaned() -> str:
-    """What a process says whose parent was killed before it was told what to do."""
-    told, end = os.pipe()
-    os.close(end)
-    handles = f"tracker_fd={told}, pipe_handle={told}"
-    start = f"from multiprocessing.spawn import spawn_main; spawn_main({handles})"
+    """What a worker says whose launcher was killed before it told it what to do."""
+    start = "from multiprocessing import forkserver as f; f.connect_to_new_process([]); os._exit(0)"
     ended = subprocess.run(
-        [sys.executable, "-c", start, "--multiprocessing-fork"],
-        pass_fds=[told],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", f"import os; {start}"], capture_output=True, text=True, check=False
     )
-    os.close(told)
     return ended.stderr
 
 

@@ -28,7 +28,7 @@ from sweeps.candidates import (
 from sweeps.config import PromotionConfig
 from sweeps.executors import LocalExecutor
 from sweeps.trial import warm_up
-from tests.launching import wait_until
+from tests.launching import wait_until, workers_of
 from tests.promotions import NARROW, TINY, Bench, composed
 from tests.stores import query
 
@@ -459,17 +459,12 @@ def kill_a_worker(session: Session, epoch: int, times: int = 1) -> threading.Thr
         for _ in range(times):
             target = reached() + epoch
             wait_until(lambda target=target: reached() >= target)  # type: ignore[misc]
-            (worker,) = workers()
+            (worker,) = workers_of(psutil.Process())
             worker.kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
     return thread
-
-
-def workers() -> list[psutil.Process]:
-    children = psutil.Process().children()
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 def test_a_training_whose_worker_is_killed_goes_on_to_the_same_result(

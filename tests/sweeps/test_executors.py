@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import multiprocessing
-import multiprocessing.resource_tracker
 import os
 import signal
 import socket
@@ -22,7 +20,7 @@ import pytest
 from sweeps.config import RayConfig
 from sweeps.executors import Executor, LocalExecutor, WorkerDiedError, WorkerLostError
 from tests.clusters import Nodes, ray_nodes
-from tests.launching import seconds_until_none
+from tests.launching import seconds_until_none, workers_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,6 +60,16 @@ def refuse(text: str) -> None:
 
 def process() -> int:
     return os.getpid()
+
+
+def first_use_of_tensorflow(threads: int) -> bool:
+    """Whether it was imported; raises RuntimeError where it was used before."""
+    was_imported = "tensorflow" in sys.modules
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    return was_imported and float(tf.reduce_sum(tf.ones((64, 64)) @ tf.ones((64, 64)))) == 64**3
 
 
 def kill_itself() -> None:
@@ -125,9 +133,12 @@ def make_lambda() -> Callable[[], None]:
 
 
 def launch(folder: Path, warm_up: Callable[[], None], workers: int, jobs: int) -> None:
-    """Starts workers and jobs that do not end."""
+    """Starts workers, which meet in a first job, and then jobs that do not end."""
     signal.signal(signal.SIGINT, lambda *_: None)  # asked is whether the workers get it
-    executor = LocalExecutor(workers, warm_up)
+    executor = LocalExecutor(workers, warm_up, imports=())
+    (folder / "met").mkdir()
+    for _ in range(workers):
+        executor.submit(meet, folder / "met", workers)
     for _ in range(jobs):
         executor.submit(end_when_interrupted, folder)
     (folder / "launched").touch()
@@ -154,10 +165,6 @@ def launched(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
-
-
-def workers_of(launcher: psutil.Process) -> list[psutil.Process]:
-    return [child for child in launcher.children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +211,17 @@ def has_ended(pid: int) -> bool:
     return True
 
 
+def server_of(launcher: psutil.Process) -> psutil.Process:
+    (worker, *_) = workers_of(launcher)
+    return psutil.Process(worker.ppid())
+
+
+def lasting_processes() -> set[psutil.Process]:
+    """What this process has started that outlives an executor: its fork server, for the next."""
+    LocalExecutor(1, nothing).stop()
+    return set(psutil.Process().children(recursive=True))
+
+
 def living(workers: Sequence[psutil.Process]) -> list[psutil.Process]:
     return [worker for worker in workers if not is_gone(worker)]
 
@@ -216,7 +234,9 @@ def build_on_ray(workers: int, warm_up: Callable[[], None]) -> Executor:
     from sweeps.ray_executor import RayExecutor
 
     config = RayConfig(name="ray", workers=workers, address=None, cpus=1, memory=None, gpus=0)
-    return RayExecutor(config, warm_up, name="contract", threads=1, most=workers, addresses={})
+    return RayExecutor(
+        config, warm_up, name="contract", threads=1, most=workers, addresses={}, imports=()
+    )
 
 
 @dataclass(frozen=True)
@@ -313,12 +333,16 @@ def test_jobs_are_done_at_the_same_time_in_processes_of_their_own(
 
 
 def test_a_worker_warms_up_once_for_all_its_jobs(build: Build, tmp_path: Path) -> None:
-    executor = build(2, functools.partial(note, tmp_path))
+    executor, met = build(2, functools.partial(note, tmp_path)), tmp_path / "met"
+    met.mkdir()
 
-    used = {executor.submit(process) for _ in range(20)}
+    both = [executor.submit(meet, met, 2) for _ in range(2)]
+    later = [executor.submit(process) for _ in range(20)]
 
-    assert {future.result(timeout=SOON) for future in used} <= set(noted(tmp_path))
-    until(lambda: len(noted(tmp_path)) == 2)
+    used = {future.result(timeout=SOON) for future in both}
+    assert used == set(noted(tmp_path))
+    assert {future.result(timeout=SOON) for future in later} <= used
+    assert len(used) == 2
 
 
 def test_a_job_that_cannot_be_sent_fails_alone(build: Build) -> None:
@@ -421,7 +445,12 @@ def test_a_worker_killed_while_it_warms_up_fails_its_job_and_is_replaced(
 
     os.kill(worker, signal.SIGKILL)
 
-    assert isinstance(error_of(future, seconds=1), WorkerDiedError)
+    error = error_of(future, seconds=1)
+    executor.submit(double, 21)
+
+    assert isinstance(error, WorkerLostError)  # which is not of the job's doing
+    told = f"worker process {worker} died (exit code -9) before it had a job{build.place}."
+    assert str(error) == told
     until(lambda: len(noted(tmp_path)) == 2)
 
 
@@ -432,6 +461,30 @@ def test_a_job_that_always_kills_its_worker_never_ends_the_executor(build: Build
 
     assert [type(error) for error in errors] == [WorkerDiedError] * 6
     assert executor.submit(double, 21).result(timeout=SOON) == 42
+
+
+def test_a_worker_is_forked_with_tensorflow_which_nothing_has_used(local: Build) -> None:
+    executor = local(2)
+
+    futures = [executor.submit(first_use_of_tensorflow, threads) for threads in (1, 1)]
+
+    assert [future.result(timeout=SOON) for future in futures] == [True, True]
+
+
+def test_the_workers_of_a_fork_server_that_is_killed_are_replaced(
+    local: Build, tmp_path: Path
+) -> None:
+    executor = local(2)
+    futures = [executor.submit(sleep_noted, tmp_path) for _ in range(2)]
+    until(lambda: len(noted(tmp_path)) == 2)
+
+    server = server_of(psutil.Process())
+
+    server.kill()
+
+    assert [type(error_of(future, seconds=5)) for future in futures] == [WorkerDiedError] * 2
+    until(lambda: is_gone(server))
+    assert [executor.submit(double, n).result(timeout=SOON) for n in (1, 2, 3)] == [2, 4, 6]
 
 
 # --- interruption and end ----------------------------------------------------------------
@@ -536,8 +589,7 @@ def test_an_executor_may_be_stopped_twice(build: Build) -> None:
 def test_no_process_is_left_after_a_stop(
     local: Build, tmp_path: Path, job: Callable[..., object]
 ) -> None:
-    multiprocessing.resource_tracker.ensure_running()  # Python's own, which stays
-    before = set(psutil.Process().children(recursive=True))
+    before = lasting_processes()
     executor = local(2)
     executor.submit(job, tmp_path)
     until(lambda: len(noted(tmp_path)) == 1)
@@ -548,8 +600,7 @@ def test_no_process_is_left_after_a_stop(
 
 
 def test_no_process_is_left_when_a_worker_dies_at_the_moment_of_the_stop(local: Build) -> None:
-    multiprocessing.resource_tracker.ensure_running()
-    before = set(psutil.Process().children(recursive=True))
+    before = lasting_processes()
     for number in range(16):
         executor = local()
         worker = psutil.Process(executor.submit(process).result(timeout=SOON))
@@ -567,10 +618,9 @@ def test_no_process_is_left_when_a_worker_dies_at_the_moment_of_the_stop(local: 
 
 @pytest.mark.parametrize("jobs", [0, 3], ids=["idle", "busy"])
 def test_ctrl_c_in_a_terminal_does_not_reach_the_workers(tmp_path: Path, jobs: int) -> None:
-    warm_up = "functools.partial(note, folder)"
-    with launched(tmp_path, warm_up, workers=3, jobs=jobs) as launcher:
-        until(lambda: len(noted(tmp_path)) == 3)
-        time.sleep(0.5)  # and past its warm-up
+    with launched(tmp_path, workers=3, jobs=jobs) as launcher:
+        until(lambda: len(noted(tmp_path / "met")) == 3)
+        time.sleep(0.5)
         workers = workers_of(launcher)
 
         os.killpg(launcher.pid, signal.SIGINT)
@@ -580,13 +630,25 @@ def test_ctrl_c_in_a_terminal_does_not_reach_the_workers(tmp_path: Path, jobs: i
         assert [is_gone(worker) for worker in workers] == [False] * 3
 
 
+def test_sigterm_to_a_whole_group_does_not_end_the_server_of_the_workers(tmp_path: Path) -> None:
+    """They would end with it, in the midst of their jobs."""
+    with launched(tmp_path, workers=1, jobs=1) as launcher:
+        until(lambda: len(noted(tmp_path)) == 1)
+        server = server_of(launcher)
+
+        server.terminate()
+        time.sleep(1)
+
+        assert not is_gone(server)
+        assert len(living(workers_of(launcher))) == 1
+
+
 @pytest.mark.parametrize(
     ("warm_up", "jobs", "at_work"),
     [
         pytest.param("nothing", 0, 0, id="idle"),
         pytest.param("nothing", 2, 2, id="busy"),
         pytest.param("functools.partial(note_and_sleep, folder)", 0, 2, id="warming up"),
-        pytest.param("functools.partial(note_and_sleep, folder)", 2, 2, id="awaited"),
     ],
 )
 def test_the_workers_of_a_launcher_that_is_killed_end_within_seconds(
