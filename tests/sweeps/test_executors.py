@@ -483,7 +483,7 @@ def test_the_workers_of_a_fork_server_that_is_killed_are_replaced(
     server.kill()
 
     assert [type(error_of(future, seconds=5)) for future in futures] == [WorkerDiedError] * 2
-    until(lambda: is_gone(server))
+    until(lambda: has_ended(server.pid))
     assert [executor.submit(double, n).result(timeout=SOON) for n in (1, 2, 3)] == [2, 4, 6]
 
 
