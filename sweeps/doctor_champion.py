@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.compose import from_settings
 from pipeline.config import DataConfig, TrackingConfig
 from pipeline.pages import store_command
-from sweeps.executors import LocalExecutor, WorkerDiedError
+from sweeps.executors import LocalExecutor, WorkerDiedError, WorkerLostError
 from sweeps.finding import Check, Stores, count, wrong
 from sweeps.judge import judge
 from sweeps.ledger import SMOKE
@@ -50,6 +50,8 @@ def check_champions(stores: Stores) -> Check:
                 arguments = (stores.tracking, champion.name, champion.number, stores.data.path)
                 try:
                     seen = executor.submit(examine, *arguments).result()
+                except WorkerLostError as error:  # not of the model's doing
+                    raise OSError(str(error)) from error
                 except WorkerDiedError as error:
                     seen = Examination(problem=f"loading and using it: {error}")
                 if seen.problem:

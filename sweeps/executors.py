@@ -52,7 +52,7 @@ class Executor:
 
     Args:
         workers: How many.
-        start: Starts one.
+        start: Makes one.
     """
 
     def __init__(self, workers: int, start: Callable[[], Worker]) -> None:
@@ -145,11 +145,11 @@ class LocalExecutor(Executor):
     Args:
         workers: Number of processes.
         warm_up: Called in each before its first job.
-        imports: Modules that they are forked with.
+        imports: As of `sweeps.processes.Process`.
     """
 
     def __init__(
-        self, workers: int, warm_up: Callable[[], None], imports: Sequence[str] = LIBRARIES
+        self, workers: int, warm_up: Callable[[], None], imports: Sequence[str] | None = LIBRARIES
     ) -> None:
         environment = dict(os.environ)  # as it is now, not while a request changes it for itself
         super().__init__(workers, lambda: Process(warm_up, environment, imports))

@@ -10,8 +10,6 @@ from pipeline import fast_imports, import_libraries
 with suppress(Exception):  # a worker meets it too, and tells
     import_libraries()
     with fast_imports():
-        import mlflow.tensorflow  # noqa: F401
-
         import pipeline.figures
         import pipeline.run  # noqa: F401
-        import sweeps.run  # noqa: F401
+        import sweeps.launcher  # noqa: F401 (most of what `sweeps.run` imports)

@@ -22,7 +22,9 @@ _PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its paren
 
 LIBRARIES = ("sweeps.libraries",)
 
+_SPAWN = multiprocessing.get_context("spawn")
 _FORK = multiprocessing.get_context("forkserver")
+_SERVER_GONE = 255  # the exit code that Python makes up where there is no server to tell it
 
 
 class WorkerDiedError(RuntimeError):
@@ -34,29 +36,29 @@ class WorkerLostError(WorkerDiedError):
 
 
 class Process:
-    """A worker on this machine, which starts with its first job.
-
-    It is forked from a server, of which this process has one, and which begins with its imports
-    here and now.
+    """A worker on this machine.
 
     Args:
         warm_up: Called in it before its first job.
         environment: Variables of its environment.
-        imports: Modules that the server imports, where it is not running yet.
+        imports: Modules that it has from the server that it is forked from, as its first job comes.
+            A process has one server, which begins to import with the first worker. None: the
+            worker starts here and now, from nothing.
     """
 
     def __init__(
         self,
         warm_up: Callable[[], None],
         environment: Mapping[str, str],
-        imports: Sequence[str] = LIBRARIES,
+        imports: Sequence[str] | None,
     ) -> None:
-        self._arguments = warm_up, environment
+        self._warm_up, self._environment = warm_up, dict(environment)
         self._process: multiprocessing.process.BaseProcess | None = None
-        self._is_warm = self._is_told = False
-        _FORK.set_forkserver_preload(["sweeps.fork_server", *imports])
-        with _sigint_blocked():
-            forkserver.ensure_running()
+        self._starting = threading.Lock()
+        self._is_warm = self._is_interrupted = False
+        self._is_forked = imports is not None and _start_server(imports)
+        if not self._is_forked:
+            self._start()
 
     def when_placed(self, tell: Callable[[], None]) -> None:
         tell()  # there is always room on this machine
@@ -76,61 +78,104 @@ class Process:
         try:
             if self._process is None:
                 self._start()
+            if not self._is_warm:
+                self._wait_until_warm()
             self._pipe.send_bytes(request)
             return self._pipe.recv_bytes()
         except (EOFError, OSError) as error:
-            raise self._how_it_died() from error
+            raise self._how_it_died(error) from error
 
     def _start(self) -> None:
-        """Raises EOFError or OSError where it died before it was warm, or was not to begin."""
-        if self._is_told:
-            raise EOFError
-        self._pipe, theirs = _FORK.Pipe()
-        process = _FORK.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
-        with _sigint_blocked():  # also of another server, where the first has died
-            process.start()
+        if self._is_interrupted:
+            raise WorkerLostError("no worker starts any more: they were interrupted.")
+        context = _FORK if self._is_forked else _SPAWN
+        self._pipe, theirs = context.Pipe()
+        arguments = theirs, self._warm_up, self._environment
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        with self._starting, _sigint_blocked():
+            try:
+                process.start()  # which waits until the server has imported all
+            except (EOFError, ConnectionError):  # of one that is just ending
+                if self._is_interrupted:
+                    raise
+                time.sleep(1)
+                process.start()
         theirs.close()
         self._process = process
-        if self._is_told:  # meanwhile
+        if self._is_interrupted:  # meanwhile
             process.kill()
-        self._pipe.recv_bytes()
+
+    def _wait_until_warm(self) -> None:
+        if failure := self._pipe.recv():
+            raise WorkerLostError(f"a worker could not start: {failure}")
         self._is_warm = True
 
-    def _how_it_died(self) -> WorkerDiedError:
+    def _how_it_died(self, error: Exception) -> WorkerDiedError:
         if self._process is None:
-            return WorkerLostError("worker process could not be started.")
+            reason = str(error) or "the server that it is forked from has ended"
+            return WorkerLostError(f"a worker could not start: {reason}.")
         self._process.join(1)
-        which = f"worker process {self._process.pid} died (exit code {self._process.exitcode})"
-        if self._is_warm:
-            return WorkerDiedError(f"{which}.")
-        return WorkerLostError(f"{which} before it had a job.")
+        number, code = self._process.pid, self._process.exitcode
+        if self._is_forked and code == _SERVER_GONE:
+            return WorkerLostError(
+                f"worker process {number} ended with the server that it was forked from."
+            )
+        told = f"worker process {number} died (exit code {code})"
+        if not self._is_warm:
+            return WorkerLostError(f"{told} before it had a job.")
+        return WorkerDiedError(f"{told}.")
 
     @property
     def is_alive(self) -> bool:
-        """Or will be, with its first job."""
+        """Or will be, as its first job comes."""
         return self._process is None or self._process.is_alive()
 
     def interrupt(self) -> None:
         """Has a job end itself, and the worker after it."""
-        self._is_told = True
-        if self._process is not None:
+        self._is_interrupted = True
+        if self._process is not None and self._process.is_alive():
             if self._is_warm:
                 self._process.terminate()
             else:
                 self._process.kill()
 
     def end(self, deadline: float) -> None:
-        """Waits until the worker has ended, then kills it.
+        """Waits until the worker has ended, then kills it. It was interrupted before.
 
         Args:
             deadline: As of `time.monotonic`.
         """
+        if not self._starting.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            _kill_server()  # which may have seconds of imports to go
+            self._starting.acquire()
+        self._starting.release()
         if self._process is None:
             return
         self._process.join(max(0.0, deadline - time.monotonic()))
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+def _start_server(imports: Sequence[str]) -> bool:
+    """Unless there is one; returns whether there is.
+
+    Python's own has a socket in the folder of temporary files, whose path may be too long.
+    """
+    _FORK.set_forkserver_preload(["sweeps.fork_server", *imports])
+    try:
+        with _sigint_blocked():
+            forkserver.ensure_running()
+    except OSError:
+        return False
+    return True
+
+
+def _kill_server() -> None:
+    """With all workers that were forked from it. A next worker starts another one."""
+    number = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if number is not None:
+        os.kill(number, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -154,13 +199,21 @@ def _work(pipe: Connection, warm_up: Callable[[], None], environment: Mapping[st
     threading.Thread(target=_die_with_launcher, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
-    warm_up()  # until here, SIGTERM is ignored
+    failure = _failure_of(warm_up)  # until here, SIGTERM does what it did in the parent
     signal.signal(signal.SIGTERM, _stop)
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
-        pipe.send_bytes(b"warm")
-        while not _stopping:
+        pipe.send(failure)
+        while not (failure or _stopping):
             function, arguments = pipe.recv()
             pipe.send(_outcome(function, arguments))
+
+
+def _failure_of(warm_up: Callable[[], None]) -> str:
+    try:
+        warm_up()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _outcome(function: Callable[..., Any], arguments: tuple[object, ...]) -> tuple[bool, Any]:

@@ -32,7 +32,7 @@ from sweeps.candidates import (
 )
 from sweeps.config import EXECUTORS, GateConfig, PromotionConfig
 from sweeps.decision import reach_verdict
-from sweeps.executors import LocalExecutor, WorkerDiedError, open_executor
+from sweeps.executors import LocalExecutor, WorkerDiedError, WorkerLostError, open_executor
 from sweeps.gate import PROMOTE, REJECT
 from sweeps.interruption import held_signals, interruption
 from sweeps.judge import Judgement, judge
@@ -320,6 +320,8 @@ def _challenge(
         ):
             try:
                 judgement = executor.submit(judge, *arguments).result()
+            except WorkerLostError as error:  # not of the model's doing
+                raise OSError(str(error)) from error
             except WorkerDiedError as error:
                 judgement = Judgement(problem=f"loading and using it: {error}")
     return Challenge(

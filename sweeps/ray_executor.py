@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from ipaddress import ip_address
@@ -31,7 +31,7 @@ from pipeline.config import without_password
 from pipeline.database import causes
 from sweeps.config import RayConfig
 from sweeps.executors import GRACE, Executor
-from sweeps.processes import LIBRARIES, Process, WorkerDiedError, WorkerLostError
+from sweeps.processes import Process, WorkerDiedError, WorkerLostError
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,6 @@ class RayExecutor(Executor):
         threads: Of a job.
         most: Workers, at most.
         addresses: Of the stores that the workers write to, by their keys; None: a local one.
-        imports: Modules that workers are forked with.
 
     Raises:
         ValueError: The cluster has no room for such a worker, or its nodes could not reach a store.
@@ -75,7 +74,6 @@ class RayExecutor(Executor):
         threads: int,
         most: int,
         addresses: Mapping[str, str | None],
-        imports: Sequence[str] = LIBRARIES,
     ) -> None:
         self._is_ours, self._is_over = not ray.is_initialized(), False
         self._notice = threading.Timer(UNSAID, self._tell_of_waiting)
@@ -89,7 +87,7 @@ class RayExecutor(Executor):
             workers = config.workers or _room(nodes, asked)
             title = f"{name}-{_digest(addresses)}"
             _kill_left(title)
-            start = partial(_Remote, warm_up, imports, title, asked)
+            start = partial(_Remote, warm_up, title, asked)
             super().__init__(min(workers, most), start)
             self._notice.start()
         except BaseException:
@@ -260,17 +258,13 @@ class _Host:
     """On a node: has a worker process. Its methods are called at the same time."""
 
     def __init__(
-        self,
-        warm_up: Callable[[], None],
-        imports: Sequence[str],
-        folder: str,
-        environment: Mapping[str, str],
+        self, warm_up: Callable[[], None], folder: str, environment: Mapping[str, str]
     ) -> None:
         os.environ.update(environment)
         if Path(folder).is_dir():  # relative paths are those of the launcher
             os.chdir(folder)
         vars(sys.modules["__main__"]).pop("__file__", None)  # Ray's, which a child would run again
-        self._process = Process(warm_up, dict(os.environ), imports)
+        self._process = Process(warm_up, os.environ, imports=None)
 
     def is_alive(self) -> bool:
         return self._process.is_alive
@@ -291,7 +285,6 @@ class _Remote:
 
     Args:
         warm_up: Called in it before its first job.
-        imports: Modules that it is forked with.
         title: Of the sweep or promotion, this one's alone.
         asked: Amount of each of Ray's resources.
 
@@ -299,13 +292,7 @@ class _Remote:
         placed: Is there once it has started on a node, or never will.
     """
 
-    def __init__(
-        self,
-        warm_up: Callable[[], None],
-        imports: Sequence[str],
-        title: str,
-        asked: Mapping[str, float],
-    ) -> None:
+    def __init__(self, warm_up: Callable[[], None], title: str, asked: Mapping[str, float]) -> None:
         environment = {key: os.environ[key] for key in os.environ if key.startswith(_CREDENTIALS)}
         actor: Any = ray.remote(_Host)
         self._actor = actor.options(
@@ -315,7 +302,7 @@ class _Remote:
             num_gpus=asked.get("GPU", 0),
             memory=asked.get("memory"),
             max_concurrency=2,  # a job, and its interruption
-        ).remote(warm_up, imports, str(Path.cwd()), environment)
+        ).remote(warm_up, str(Path.cwd()), environment)
         self.placed = self._actor.is_alive.remote()
         self._job: Any = None
 

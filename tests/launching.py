@@ -78,6 +78,22 @@ def workers_of(launcher: psutil.Process) -> list[psutil.Process]:
     return [worker for server in servers for worker in server.children()]
 
 
+def open_to_others(processes: Sequence[psutil.Process]) -> list[object]:
+    """Addresses at which they listen, but for files that their user alone can reach."""
+    addresses = [
+        connection.laddr
+        for process in processes
+        for connection in process.net_connections("all")
+        if connection.laddr and not connection.raddr
+    ]
+    return [each for each in addresses if not (isinstance(each, str) and _is_private(Path(each)))]
+
+
+def _is_private(path: Path) -> bool:
+    folder = path.parent.stat()
+    return folder.st_uid == os.getuid() and not folder.st_mode & 0o077
+
+
 class Started:
     """A command under way; what it writes is collected. Killed when a test fails meanwhile."""
 

@@ -59,11 +59,11 @@ class Suffered:
 
 @pytest.fixture(scope="module")
 def suffered(tmp_path_factory: pytest.TempPathFactory) -> Suffered:
-    folder = tmp_path_factory.mktemp("chaos")
+    folder = tmp_path_factory.mktemp("chaos")  # short: below it are sockets
     few = ["--kills", str(FAULTS), "--trials", str(TRIALS), "--workers", "2", "--longest", "4"]
-    given = ["--seed", str(SEED), *few, "--folder", str(folder / "sweep-under-faults")]
+    given = ["--seed", str(SEED), *few, "--folder", str(folder / "own")]
     done = run(*given, folder=folder, command=CHAOS, timeout=1800)
-    return Suffered(folder / "sweep-under-faults", done)
+    return Suffered(folder / "own", done)
 
 
 def test_a_sweep_under_random_faults_keeps_every_invariant(suffered: Suffered) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import ENVIRONMENT, SWEEP, Started, run
+from tests.launching import ENVIRONMENT, SWEEP, Started, open_to_others, run
 from tests.passwords import dump, forms, guard, holding
 from tests.servers import Postgresql
 
@@ -50,7 +50,7 @@ class Story:
         ends: Exit status by command.
         texts: What each wrote.
         processes: Command lines of what the sweep started.
-        listening: Addresses at which it, or what it started, waited for others.
+        listening: Addresses at which it, or what it started, waited for others than its user.
     """
 
     folder: Path
@@ -77,12 +77,7 @@ def story(postgresql: Postgresql, tmp_path_factory: pytest.TempPathFactory) -> S
         first.says("^trial 0  fail")
         started = psutil.Process(first.process.pid).children(recursive=True)
         processes = [" ".join(process.cmdline()) for process in started]
-        listening = [
-            connection.laddr
-            for process in (psutil.Process(first.process.pid), *started)
-            for connection in process.net_connections("all")
-            if connection.laddr and not connection.raddr
-        ]
+        listening = open_to_others([psutil.Process(first.process.pid), *started])
         first.process.send_signal(signal.SIGTERM)
         ends["stopped"], texts["stopped"] = first.end(), first.text
 
@@ -146,7 +141,7 @@ def test_what_a_sweep_writes_outside_its_store_is_gone_afterwards(story: Story) 
     assert {path.name for path in story.folder.iterdir()} == {"mlruns", "tmp", "home"}
 
 
-def test_nobody_can_connect_to_a_sweep_or_its_workers(story: Story) -> None:
+def test_nobody_else_can_connect_to_a_sweep_or_its_workers(story: Story) -> None:
     """What they send each other is pickled, and who can send them a pickle can run code."""
     assert len(story.processes) >= 2
     assert story.listening == []

@@ -4,8 +4,10 @@ import ast
 import gc
 import logging
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -15,7 +17,7 @@ import yaml
 from pipeline.config import TrackingConfig, printable
 from sweeps.config import StudyConfig
 from sweeps.executors import LocalExecutor
-from tests.launching import ROOT
+from tests.launching import ROOT, open_to_others, wait_until, workers_of
 from tests.test_architecture import SOURCES
 
 # What makes code of data, as it is written where it is called.
@@ -178,19 +180,29 @@ def test_a_password_that_would_not_be_found_again_is_refused_unsaid() -> None:
 # --- workers -----------------------------------------------------------------------------
 
 
-def test_workers_listen_nowhere() -> None:
+def test_nobody_else_reaches_a_worker() -> None:
     """They are sent pickles: who could connect to one could run code."""
     before = psutil.Process().children(recursive=True)
     with LocalExecutor(2, gc.enable) as executor:
-        executor.submit(abs, -1).result()
+        for _ in range(2):
+            executor.submit(time.sleep, 2)
+        wait_until(lambda: len(workers_of(psutil.Process())) == 2)
         now = psutil.Process().children(recursive=True)
         processes = [process for process in now if process not in before]
-        reachable = [
-            each.laddr
-            for process in processes
-            for each in process.net_connections("all")
-            if each.laddr and not each.raddr
-        ]
+        reachable = open_to_others(now)
 
     assert len(processes) >= 2
     assert reachable == []
+
+
+def test_what_listens_to_others_is_found(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with socket.socket() as by_network, socket.socket(socket.AF_UNIX) as by_file:
+        by_network.bind(("127.0.0.1", 0))
+        by_network.listen()
+        by_file.bind(str(tmp_path / "open"))
+        by_file.listen()
+
+        found = open_to_others([psutil.Process()])
+
+        assert {by_network.getsockname(), str(tmp_path / "open")} <= set(found)

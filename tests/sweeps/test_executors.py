@@ -234,9 +234,7 @@ def build_on_ray(workers: int, warm_up: Callable[[], None]) -> Executor:
     from sweeps.ray_executor import RayExecutor
 
     config = RayConfig(name="ray", workers=workers, address=None, cpus=1, memory=None, gpus=0)
-    return RayExecutor(
-        config, warm_up, name="contract", threads=1, most=workers, addresses={}, imports=()
-    )
+    return RayExecutor(config, warm_up, name="contract", threads=1, most=workers, addresses={})
 
 
 @dataclass(frozen=True)
@@ -482,9 +480,66 @@ def test_the_workers_of_a_fork_server_that_is_killed_are_replaced(
 
     server.kill()
 
-    assert [type(error_of(future, seconds=5)) for future in futures] == [WorkerDiedError] * 2
+    errors = [error_of(future, seconds=5) for future in futures]
+    assert [type(error) for error in errors] == [WorkerLostError] * 2
+    assert {str(error).split(" ", 3)[3] for error in errors} == {
+        "ended with the server that it was forked from."
+    }
     until(lambda: has_ended(server.pid))
     assert [executor.submit(double, n).result(timeout=SOON) for n in (1, 2, 3)] == [2, 4, 6]
+
+
+def test_a_worker_that_cannot_warm_up_tells_why_and_is_lost(local: Build) -> None:
+    executor = local(1, functools.partial(refuse, "no such library"))
+
+    errors = [error_of(executor.submit(double, number)) for number in range(2)]
+
+    assert [type(error) for error in errors] == [WorkerLostError] * 2
+    assert {str(error) for error in errors} == {
+        "a worker could not start: ValueError: no such library"
+    }
+
+
+def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a process of its own, which has no fork server yet."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import time; from tests.sweeps.test_executors import *; {code}"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SOON,
+    )
+
+
+def test_workers_start_without_a_server_where_its_socket_would_have_too_long_a_path(
+    tmp_path: Path,
+) -> None:
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+
+    code = "executor = LocalExecutor(2, nothing); print(executor.submit(double, 21).result()); "
+    ended = run_code(
+        f"{code} print(workers_of(psutil.Process())); executor.stop()", TMPDIR=str(long)
+    )
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "42\n[]\n", "")
+
+
+def test_a_stop_does_not_wait_for_what_the_server_imports(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text("import time; time.sleep(600)", encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    code = (
+        "executor = LocalExecutor(2, nothing, ('endless',)); future = executor.submit(double, 1); "
+        "time.sleep(1); began = time.monotonic(); executor.stop(grace=0.5); "
+        "print(time.monotonic() - began < 5, repr(future.exception()))"
+    )
+    ended = run_code(code, PYTHONPATH=path)
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("True WorkerLostError('a worker could not start: ")
 
 
 # --- interruption and end ----------------------------------------------------------------
@@ -656,11 +711,11 @@ def test_the_workers_of_a_launcher_that_is_killed_end_within_seconds(
 ) -> None:
     with launched(tmp_path, warm_up, workers=2, jobs=jobs) as launcher:
         until(lambda: len(noted(tmp_path)) == at_work and len(workers_of(launcher)) == 2)
-        workers = workers_of(launcher)
+        workers = [*workers_of(launcher), server_of(launcher)]
 
         launcher.kill()
 
-        assert len(workers) == 2
+        assert len(workers) == 3
         assert seconds_until_none(lambda: living(workers), limit=5) < 5
 
 

@@ -47,9 +47,7 @@ def open_on(address: str, study: str = "sqlite:////tmp/mine.db", **changes: Any)
     settings = {"workers": None, "address": address, "cpus": 1, "memory": None, "gpus": 0}
     config = RayConfig(name="ray", **{**settings, **changes})
     addresses = {**LOCAL, "study.storage": study}
-    return RayExecutor(
-        config, gc.enable, name="room", threads=1, most=12, addresses=addresses, imports=()
-    )
+    return RayExecutor(config, gc.enable, name="room", threads=1, most=12, addresses=addresses)
 
 
 def test_the_job_of_a_lost_node_fails_and_the_next_one_runs_where_a_node_comes(
