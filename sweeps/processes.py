@@ -56,7 +56,7 @@ class Process:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._starting = threading.Lock()
         self._is_warm = self._is_interrupted = False
-        self._is_forked = imports is not None and _start_server(imports)
+        self._is_forked = imports is not None and start_server(imports)
         if not self._is_forked:
             self._start()
 
@@ -157,7 +157,7 @@ class Process:
             self._process.join()
 
 
-def _start_server(imports: Sequence[str]) -> bool:
+def start_server(imports: Sequence[str]) -> bool:
     """Unless there is one; returns whether there is.
 
     Python's own has a socket in the folder of temporary files, whose path may be too long.

@@ -151,7 +151,8 @@ def small_disk(folder: Path) -> Iterator[bool]:
     finally:
         if mounted:
             kept = folder.with_name("kept")
-            shutil.copytree(folder, kept, symlinks=True)
+            sockets = shutil.ignore_patterns("pymp-*")  # of Python, which a kill leaves
+            shutil.copytree(folder, kept, symlinks=True, ignore=sockets)
             # Lazily: where somebody looks into it, that must not keep it here.
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
             folder.rmdir()

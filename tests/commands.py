@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import ModuleType
@@ -25,6 +24,7 @@ from hypothesis import HealthCheck, settings
 from optuna.exceptions import ExperimentalWarning
 
 import pipeline  # noqa: F401  # sets variables of the environment, which stay
+from sweeps.processes import LIBRARIES, start_server
 from tests.launching import SWEEP
 
 # What a command imports once it has found nothing wrong with its command line.
@@ -154,7 +154,7 @@ def call(*arguments: str, folder: Path, command: Sequence[str] = SWEEP) -> Compl
         folder: In which it is started.
         command: Of this repository.
     """
-    resource_tracker.ensure_running()  # of Python, for all workers to come: not in that folder
+    start_server(LIBRARIES)  # for all workers to come: not in that folder
     ended = start(command[-1], *arguments, folder=folder, trapped=False)
     assert ended.status is not None
     return CompletedProcess([*command, *arguments], ended.status, ended.out, ended.err)
