@@ -73,9 +73,14 @@ def seconds_without_core(process: int) -> float:
 
 
 def workers_of(launcher: psutil.Process) -> list[psutil.Process]:
-    """Worker processes of a launcher: the forks of its fork server."""
-    servers = [each for each in launcher.children() if "forkserver" in " ".join(each.cmdline())]
-    return [worker for server in servers for worker in server.children()]
+    """Worker processes of a launcher: the forks of its server, or without one its children."""
+    workers = []
+    for child in launcher.children():
+        if "forkserver" in " ".join(child.cmdline()):
+            workers += child.children()
+        elif "spawn_main" in " ".join(child.cmdline()):
+            workers.append(child)
+    return workers
 
 
 def open_to_others(processes: Sequence[psutil.Process]) -> list[object]:

@@ -59,11 +59,11 @@ class Suffered:
 
 @pytest.fixture(scope="module")
 def suffered(tmp_path_factory: pytest.TempPathFactory) -> Suffered:
-    folder = tmp_path_factory.mktemp("chaos")  # short: below it are sockets
+    folder = tmp_path_factory.mktemp("c")  # short: below it are sockets, or no worker is forked
     few = ["--kills", str(FAULTS), "--trials", str(TRIALS), "--workers", "2", "--longest", "4"]
-    given = ["--seed", str(SEED), *few, "--folder", str(folder / "own")]
+    given = ["--seed", str(SEED), *few, "--folder", str(folder / "o")]
     done = run(*given, folder=folder, command=CHAOS, timeout=1800)
-    return Suffered(folder / "own", done)
+    return Suffered(folder / "o", done)
 
 
 def test_a_sweep_under_random_faults_keeps_every_invariant(suffered: Suffered) -> None:
