@@ -519,12 +519,14 @@ def test_workers_start_without_a_server_where_its_socket_would_have_too_long_a_p
     long = tmp_path / ("long" * 25)
     long.mkdir()
 
-    code = "executor = LocalExecutor(2, nothing); print(executor.submit(double, 21).result()); "
-    ended = run_code(
-        f"{code} print(workers_of(psutil.Process())); executor.stop()", TMPDIR=str(long)
+    code = (
+        "executor = LocalExecutor(2, nothing); print(executor.submit(double, 21).result()); "
+        "print(*[child.cmdline()[-1] for child in workers_of(psutil.Process())]); executor.stop()"
     )
+    ended = run_code(code, TMPDIR=str(long))
 
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "42\n[]\n", "")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.split() == ["42", *["--multiprocessing-fork"] * 2]  # of `spawn`
 
 
 def test_a_stop_does_not_wait_for_what_the_server_imports(tmp_path: Path) -> None:
