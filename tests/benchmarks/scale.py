@@ -6,8 +6,8 @@
 `python -m sweeps.run`, with its study in PostgreSQL and its runs behind an MLflow server of one
 process. What is simulated is the training: a trial sleeps, half to one and a half times
 `--seconds`. Workers are threads of the launcher, or with `--on ray` what they always are there,
-processes of a node of this machine, which report `--epochs` epochs to the study and ask whether to
-prune.
+processes of a node of this machine, which report `--epochs` epochs to the study.
+
 
 "to begin": until all workers have a trial. "s a trial": of the processor, by the launcher and by
 each server. "ask": of Optuna. "connections": to the study's database, at most. "idle": share of the
@@ -53,6 +53,7 @@ from sweeps.executors import Executor
 from sweeps.storage import open_storage
 from sweeps.trial import Job, Outcome, reporter
 from tests.commands import call
+from tests.launching import ENVIRONMENT
 from tests.servers import MLflowServer, Postgresql
 
 SWEEP = "scale"
@@ -284,13 +285,20 @@ def measure(options: argparse.Namespace, workers: int, finished: int) -> dict[st
                 *("data=digits", f"sweep.name={SWEEP}", f"sampler={options.sampler}"),
                 f"sweep.trials={finished + options.rounds * workers}",
                 f"executor.workers={workers}",
-                *(["executor=ray", "executor.cpus=0.001"] if options.on == "ray" else ()),
+                *(
+                    ["executor=ray", "executor.cpus=0.001", "pruner=none"]
+                    if options.on == "ray"
+                    else ()
+                ),
                 *(f"study.storage={study}", "tracking=server", f"tracking.uri={mlflow.uri}"),
             ],
         }
         code = "import sys; from tests.benchmarks import scale; scale.print_row(*sys.argv[1:])"
         command = [sys.executable, "-c", code, json.dumps(row), str(base)]
-        ended = subprocess.run(command, check=False, capture_output=True, text=True)
+        # Workers that are processes import this module.
+        ended = subprocess.run(
+            command, check=False, capture_output=True, text=True, env=ENVIRONMENT
+        )
         if ended.returncode:
             sys.exit(f"{row}\n{ended.stdout}\n{ended.stderr}")
         return dict(json.loads(ended.stdout.splitlines()[-1]))
