@@ -8,7 +8,6 @@ process. What is simulated is the training: a trial sleeps, half to one and a ha
 `--seconds`. Workers are threads of the launcher, or with `--on ray` what they always are there,
 processes of a node of this machine, which report `--epochs` epochs to the study.
 
-
 "to begin": until all workers have a trial. "s a trial": of the processor, by the launcher and by
 each server. "ask": of Optuna. "connections": to the study's database, at most. "idle": share of the
 time between a worker's first and last trial in which it had none. "beyond ideal": share of the
