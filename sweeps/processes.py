@@ -20,7 +20,7 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
-LIBRARIES = ("sweeps.libraries",)
+LIBRARIES = ("sweeps.libraries",)  # modules that the server of this process imports
 
 _SPAWN = multiprocessing.get_context("spawn")
 _FORK = multiprocessing.get_context("forkserver")
@@ -32,7 +32,7 @@ class WorkerDiedError(RuntimeError):
 
 
 class WorkerLostError(WorkerDiedError):
-    """Its machine was lost, or it was before it had a job: not of that job's doing."""
+    """Lost with its machine or its server, or before it had a job: not of that job's doing."""
 
 
 class Process:
