@@ -127,8 +127,11 @@ class Process:
 
     @property
     def is_alive(self) -> bool:
-        """Or will be, as its first job comes."""
-        return self._process is None or self._process.is_alive()
+        """Or will be, as its first job comes; asked of a worker that has none.
+
+        Its pipe ends as it ends, which its server may have yet to notice.
+        """
+        return self._process is None or (self._process.is_alive() and not self._pipe.poll())
 
     def interrupt(self) -> None:
         """Has a job end itself, and the worker after it."""

@@ -433,6 +433,23 @@ def test_a_worker_killed_while_idle_is_replaced_before_the_next_job(build: Build
     assert executor.submit(process).result(timeout=SOON) != idle
 
 
+def test_an_idle_worker_that_is_killed_is_known_to_be_dead_before_its_server_tells() -> None:
+    with LocalExecutor(1, nothing, imports=()) as executor:
+        idle = executor.submit(process).result(timeout=SOON)
+        (before,) = executor._workers.values()
+        server = server_of(psutil.Process())
+        server.suspend()
+        try:
+            os.kill(idle, signal.SIGKILL)
+            until(lambda: has_ended(idle))
+            future = executor.submit(process)
+            until(lambda: before not in executor._workers.values())
+        finally:
+            server.resume()
+
+        assert future.result(timeout=SOON) != idle
+
+
 def test_a_worker_killed_while_it_warms_up_fails_its_job_and_is_replaced(
     build: Build, tmp_path: Path
 ) -> None:
