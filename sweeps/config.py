@@ -73,16 +73,20 @@ class TPEConfig(SamplerConfig):
         group: Whether parameters that occur together are modelled together, for spaces with
             conditions.
         constant_liar: Whether running trials count as bad, so that workers spread.
+        n_modelled_trials: Finished trials of one objective that are modelled: the best, and an even
+            choice of the others.
     """
 
     n_startup_trials: int
     n_ei_candidates: int
     group: bool
     constant_liar: bool
+    n_modelled_trials: int
 
     def __post_init__(self) -> None:
         check_at_least("sampler.n_startup_trials", self.n_startup_trials, 0)
         check_at_least("sampler.n_ei_candidates", self.n_ei_candidates, 1)
+        check_at_least("sampler.n_modelled_trials", self.n_modelled_trials, 250)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -259,7 +259,9 @@ class OwnStorage(_Layer):
     ) -> list[FrozenTrial]:
         if study_id != self._study_id:
             return self._inner.get_all_trials(study_id, deepcopy, states)
-        found = [t for t in self._trials.values() if states is None or t.state in states]
+        found = list(self._trials.values())
+        if states is not None:
+            found = [trial for trial in found if trial.state in states]
         return copy.deepcopy(found) if deepcopy else found
 
 

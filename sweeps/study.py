@@ -25,7 +25,7 @@ from optuna.pruners import (
     NopPruner,
     SuccessiveHalvingPruner,
 )
-from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler, RandomSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -274,10 +274,10 @@ def build_sampler(
     """
     match config:
         case TPEConfig():
-            from sweeps.fast_tpe import use_scipy
+            from sweeps.fast_tpe import FastTPESampler
 
-            use_scipy()
-            return TPESampler(
+            return FastTPESampler(
+                n_modelled_trials=config.n_modelled_trials,
                 n_startup_trials=config.n_startup_trials,
                 n_ei_candidates=config.n_ei_candidates,
                 multivariate=True,
@@ -397,11 +397,11 @@ class Asker:
         Args:
             attributes: Of the trial, for its user.
         """
-        trials = self.study.get_trials(deepcopy=False)
-        number = len(trials) - self._storage.strays
-        waiting = any(trial.state == TrialState.WAITING for trial in trials)
-        if number < len(self.known) and not waiting:
-            self.study.enqueue_trial(self.known[number])
+        number = len(self.study.get_trials(deepcopy=False)) - self._storage.strays
+        if number < len(self.known):
+            waiting = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+            if not waiting:
+                self.study.enqueue_trial(self.known[number])
         draft = self.study.ask()
         values = self._suggest(draft)
         for name, value in (attributes or {}).items():

@@ -137,6 +137,7 @@ def test_unless_told_there_are_as_many_workers_as_the_cores_allow(
         (["sweep.objective=[val_loss,val_loss]"], "sweep.objective", "several that differ"),
         (["sampler.n_startup_trials=-1"], "sampler.n_startup_trials", "at least 0, got -1."),
         (["sampler.n_ei_candidates=0"], "sampler.n_ei_candidates", "at least 1, got 0."),
+        (["sampler.n_modelled_trials=249"], "sampler.n_modelled_trials", "at least 250, got 249."),
         (["sampler=cmaes", "sampler.sigma0=0"], "sampler.sigma0", "in (0, 1] or null, got 0.0."),
         (["sampler=cmaes", "sampler.sigma0=1.1"], "sampler.sigma0", "in (0, 1] or null, got 1.1."),
         (["sampler=cmaes", "sampler.popsize=1"], "sampler.popsize", "at least 2, got 1."),
