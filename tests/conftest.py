@@ -28,8 +28,8 @@ from tests.servers import POSTGRESQL, Postgresql
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, of few: tests often wait for what they started."""
-    return min(os.cpu_count() or 1, 4) + 1
+    """Two more than there are cores, of few: tests often wait for what they started."""
+    return min(os.cpu_count() or 1, 4) + 2
 
 
 @pytest.hookimpl(wrapper=True)
