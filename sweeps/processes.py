@@ -129,9 +129,12 @@ class Process:
     def is_alive(self) -> bool:
         """Or will be, as its first job comes; asked of a worker that has none.
 
-        Its pipe ends as it ends, which its server may have yet to notice.
+        As it ends its pipe does, before its server may have told.
         """
-        return self._process is None or (self._process.is_alive() and not self._pipe.poll())
+        if self._process is None:
+            return True
+        has_ended = self._is_warm and self._pipe.poll()  # until then, it says that it is warm
+        return self._process.is_alive() and not has_ended
 
     def interrupt(self) -> None:
         """Has a job end itself, and the worker after it."""

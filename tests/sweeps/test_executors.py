@@ -19,6 +19,7 @@ import pytest
 
 from sweeps.config import RayConfig
 from sweeps.executors import Executor, LocalExecutor, WorkerDiedError, WorkerLostError
+from sweeps.processes import Process
 from tests.clusters import Nodes, ray_nodes
 from tests.launching import seconds_until_none, workers_of
 
@@ -448,6 +449,18 @@ def test_an_idle_worker_that_is_killed_is_known_to_be_dead_before_its_server_tel
             server.resume()
 
         assert future.result(timeout=SOON) != idle
+
+
+def test_a_worker_that_has_said_that_it_is_warm_and_had_no_job_is_alive() -> None:
+    worker = Process(nothing, os.environ, imports=None)
+    until(worker._pipe.poll)
+
+    was_alive = worker.is_alive
+    worker.interrupt()
+    worker.end(time.monotonic() + SOON)
+
+    assert was_alive
+    assert not worker.is_alive
 
 
 def test_a_worker_killed_while_it_warms_up_fails_its_job_and_is_replaced(
