@@ -1,9 +1,9 @@
-"""Optuna's TPE, whose time does not grow with the study."""
+"""Optuna's TPE, whose time does not grow with a study of one objective."""
 
 import copy
 import heapq
 from collections.abc import Container
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -37,15 +37,18 @@ class FastTPESampler(TPESampler):
     def _sample(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return super()._sample(_Thinned(study, self._most), trial, search_space)
+        thinned = cast(optuna.Study, _Thinned(study, self._most))
+        return super()._sample(thinned, trial, search_space)
 
 
-class _Thinned(optuna.Study):
+class _Thinned:
     """A study, of which a sampler is shown some trials."""
 
     def __init__(self, study: optuna.Study, most: int) -> None:
-        self.__dict__.update(vars(study))  # Optuna's own would ask the database for them
-        self._most = most
+        self._study, self._most = study, most
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
 
     def _get_trials(
         self,
@@ -53,7 +56,7 @@ class _Thinned(optuna.Study):
         states: Container[TrialState] | None = None,
         use_cache: bool = False,
     ) -> list[FrozenTrial]:
-        trials = super()._get_trials(deepcopy=False, states=states, use_cache=use_cache)
+        trials = self._study._get_trials(deepcopy=False, states=states, use_cache=use_cache)
         if len(self.directions) == 1:
             trials = thin(trials, self.direction, self._most)
         return copy.deepcopy(trials) if deepcopy else trials

@@ -6,6 +6,8 @@ holds the lock of `pebble`'s common pipe for ever.
 
 import contextlib
 import ctypes
+import functools
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,10 +15,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, popen_forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from types import FrameType
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
@@ -24,7 +29,9 @@ LIBRARIES = ("sweeps.libraries",)  # modules that the server of this process imp
 
 _SPAWN = multiprocessing.get_context("spawn")
 _FORK = multiprocessing.get_context("forkserver")
-_SERVER_GONE = 255  # the exit code that Python makes up where there is no server to tell it
+_SERVER_GONE = 256  # as exit code, which none is: there is no server that could tell it
+_SOON = 1.0  # seconds that what takes milliseconds may take on a busy machine
+_serving: set[int] = set()  # servers that have imported all, by their process numbers
 
 
 class WorkerDiedError(RuntimeError):
@@ -33,6 +40,32 @@ class WorkerDiedError(RuntimeError):
 
 class WorkerLostError(WorkerDiedError):
     """Lost with its machine or its server, or before it had a job: not of that job's doing."""
+
+
+class _Popen(popen_forkserver.Popen):
+    """Python's own, which two threads may ask at once, and which tells a lost server from a 255."""
+
+    def __init__(self, process: multiprocessing.process.BaseProcess) -> None:
+        self._asking = threading.Lock()
+        super().__init__(process)
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        timeout = 0 if flag == os.WNOHANG else None
+        with self._asking:
+            if self.returncode is None and multiprocessing.connection.wait(
+                [self.sentinel], timeout
+            ):
+                try:
+                    self.returncode = forkserver.read_signed(self.sentinel)
+                except (OSError, EOFError):
+                    self.returncode = _SERVER_GONE
+        return self.returncode
+
+
+class _Forked(ForkServerProcess):
+    @staticmethod
+    def _Popen(process: multiprocessing.process.BaseProcess) -> _Popen:  # noqa: N802 (Python's)
+        return _Popen(process)
 
 
 class Process:
@@ -88,18 +121,20 @@ class Process:
     def _start(self) -> None:
         if self._is_interrupted:
             raise WorkerLostError("no worker starts any more: they were interrupted.")
-        context = _FORK if self._is_forked else _SPAWN
+        context, kind = (_FORK, _Forked) if self._is_forked else (_SPAWN, _SPAWN.Process)
         self._pipe, theirs = context.Pipe()
         arguments = theirs, self._warm_up, self._environment
-        process = context.Process(target=_work, args=arguments, daemon=True)
+        process = kind(target=_work, args=arguments, daemon=True)
         with self._starting, _sigint_blocked():
             try:
                 process.start()  # which waits until the server has imported all
             except (EOFError, ConnectionError):  # of one that is just ending
+                time.sleep(0 if self._is_interrupted else 1)
                 if self._is_interrupted:
                     raise
-                time.sleep(1)
                 process.start()
+            if self._is_forked:
+                _serving.add(_server())
         theirs.close()
         self._process = process
         if self._is_interrupted:  # meanwhile
@@ -139,7 +174,10 @@ class Process:
     def interrupt(self) -> None:
         """Has a job end itself, and the worker after it."""
         self._is_interrupted = True
-        if self._process is not None and self._process.is_alive():
+        if self._process is None:
+            if self._starting.locked() and _server() not in _serving:
+                _kill_server()  # which has seconds of imports to go, and no worker yet
+        elif self._process.is_alive():
             if self._is_warm:
                 self._process.terminate()
             else:
@@ -151,36 +189,49 @@ class Process:
         Args:
             deadline: As of `time.monotonic`.
         """
-        if not self._starting.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            _kill_server()  # which may have seconds of imports to go
-            self._starting.acquire()
+        while not self._starting.acquire(timeout=max(_SOON, deadline - time.monotonic())):
+            _kill_server()
         self._starting.release()
         if self._process is None:
             return
         self._process.join(max(0.0, deadline - time.monotonic()))
         if self._process.is_alive():
             self._process.kill()
-            self._process.join()
+            self._process.join(_SOON)
+        if self._is_forked and self._process.is_alive():  # as far as a server knows that is paused
+            _kill_server()
+            self._process.join(_SOON)
 
 
 def start_server(imports: Sequence[str]) -> bool:
     """Unless there is one; returns whether there is.
 
-    Python's own has a socket in the folder of temporary files, whose path may be too long.
+    Python's own has a socket in the folder of temporary files, whose path may be too long. A server
+    that ends takes its workers with it.
     """
     _FORK.set_forkserver_preload(["sweeps.fork_server", *imports])
     try:
         with _sigint_blocked():
             forkserver.ensure_running()
-    except OSError:
+    except OSError as error:
+        _tell_once(str(error))
         return False
     return True
 
 
+@functools.cache
+def _tell_once(reason: str) -> None:
+    log.warning("each worker imports TensorFlow for itself, as no server can: %s", reason)
+
+
+def _server() -> int:
+    """Its process number; 0 where there is none."""
+    return forkserver._forkserver._forkserver_pid or 0  # type: ignore[attr-defined]
+
+
 def _kill_server() -> None:
     """With all workers that were forked from it. A next worker starts another one."""
-    number = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-    if number is not None:
+    if number := _server():
         os.kill(number, signal.SIGKILL)
 
 
@@ -243,8 +294,8 @@ def die_with_parent() -> None:
     """Has the kernel kill this process as its parent ends, also where it is paused then.
 
     One that is paused would wake up later and go on to write. Of a worker, the parent is the server
-    that it was forked from; of that, the thread that started it: the launcher's main one, or one of
-    an executor, which outlives its workers.
+    that it was forked from; of that, the thread that started it: the launcher's main one, or, after
+    the death of a server, one of an executor, which ends with it.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

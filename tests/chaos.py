@@ -42,7 +42,8 @@ SHOWN = 10  # of what is broken, of each invariant
 # Python's own, of a process whose parent was killed while it started: no line of ours has run.
 ORPHANED = re.compile(
     r"""Traceback \(most recent call last\):
-(?:  File ".*multiprocessing.(?:forkserver|spawn)\.py", line \d+, in \w+\n(?:    .*\n)*)+"""
+(?:  File "<string>", line 1, in <module>
+)?(?:  File ".*multiprocessing.(?:forkserver|spawn)\.py", line \d+, in \w+\n(?:    .*\n)*)+"""
     r"EOFError: Ran out of input\n"
 )
 

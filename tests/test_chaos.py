@@ -11,13 +11,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.champion import PREDICTIONS, find_champion
 from tests.chaos import find_tracebacks, parse
 from tests.faults import draw, kinds_of
 from tests.invariants import find
-from tests.launching import Started, run, wait_until
+from tests.launching import Started, run, wait_until, workers_of
 from tests.ordeal import NAME
 from tests.stores import Stores, processes_in
 
@@ -284,8 +285,15 @@ def test_a_traceback_is_found() -> None:
     assert (finding.invariant, finding.broken) == (TRACEBACKS, ["launch-02"])
 
 
-def test_only_what_python_says_of_a_parent_that_was_killed_is_no_traceback_of_ours() -> None:
-    said = orphaned()
+SPAWNED = "from multiprocessing.spawn import spawn_main as f; f(tracker_fd=0, pipe_handle=0)"
+FORKED = "from multiprocessing import forkserver as f; f.connect_to_new_process([]); os._exit(0)"
+
+
+@pytest.mark.parametrize("start", [SPAWNED, FORKED], ids=["spawned", "forked"])
+def test_only_what_python_says_of_a_parent_that_was_killed_is_no_traceback_of_ours(
+    start: str,
+) -> None:
+    said = orphaned(start)
     also = f"{said}{BROKEN}\n  ..."
 
     finding = find_tracebacks({"launch-01": f"Sweep chaos\n{said}Go on", "launch-02": also})
@@ -294,11 +302,14 @@ def test_only_what_python_says_of_a_parent_that_was_killed_is_no_traceback_of_ou
     assert finding.broken == ["launch-02"]
 
 
-def orphaned() -> str:
+def orphaned(start: str) -> str:
     """What a worker says whose launcher was killed before it told it what to do."""
-    start = "from multiprocessing import forkserver as f; f.connect_to_new_process([]); os._exit(0)"
     ended = subprocess.run(
-        [sys.executable, "-c", f"import os; {start}"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", f"import os; {start}", "--multiprocessing-fork"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return ended.stderr
 
@@ -335,7 +346,9 @@ def test_a_wrong_command_line_is_refused(
 def test_ctrl_c_ends_all_that_was_started(tmp_path: Path) -> None:
     folder = tmp_path / "sweep-under-faults"
     with Started(*CHAOS, "--folder", str(folder), folder=tmp_path) as started:
-        wait_until(lambda: len(processes_in(folder / "sweep")) > 2)  # a launcher and workers
+        wait_until(lambda: processes_in(folder / "sweep"))
+        (launcher, *_) = sorted(processes_in(folder / "sweep"), key=psutil.Process.create_time)
+        wait_until(lambda: workers_of(launcher))
         started.process.send_signal(signal.SIGINT)
         status = started.end(limit=60)
 

@@ -143,7 +143,7 @@ def test_what_a_sweep_writes_outside_its_store_is_gone_afterwards(story: Story) 
 
 def test_nobody_else_can_connect_to_a_sweep_or_its_workers(story: Story) -> None:
     """What they send each other is pickled, and who can send them a pickle can run code."""
-    assert len(story.processes) >= 2
+    assert len(story.processes) > 2  # resource tracker, fork server, workers
     assert story.listening == []
 
 

@@ -386,7 +386,8 @@ def test_a_worker_that_is_killed_is_known_within_a_second_and_named(
 
 
 @pytest.mark.parametrize(
-    ("job", "arguments", "code"), [(os._exit, (3,), 3), (os._exit, (0,), 0), (kill_itself, (), -9)]
+    ("job", "arguments", "code"),
+    [(os._exit, (3,), 3), (os._exit, (0,), 0), (os._exit, (255,), 255), (kill_itself, (), -9)],
 )
 def test_a_job_that_ends_its_worker_fails_with_the_exit_code(
     build: Build, job: Callable[..., None], arguments: tuple[int, ...], code: int
@@ -435,7 +436,7 @@ def test_a_worker_killed_while_idle_is_replaced_before_the_next_job(build: Build
 
 
 def test_an_idle_worker_that_is_killed_is_known_to_be_dead_before_its_server_tells() -> None:
-    with LocalExecutor(1, nothing, imports=()) as executor:
+    with LocalExecutor(1, nothing) as executor:
         idle = executor.submit(process).result(timeout=SOON)
         (before,) = executor._workers.values()
         server = server_of(psutil.Process())
@@ -530,10 +531,15 @@ def test_a_worker_that_cannot_warm_up_tells_why_and_is_lost(local: Build) -> Non
     }
 
 
+SETTING = (
+    "import time; from tests.sweeps.test_executors import *; from sweeps.processes import _server"
+)
+
+
 def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python in a process of its own, which has no fork server yet."""
     return subprocess.run(
-        [sys.executable, "-c", f"import time; from tests.sweeps.test_executors import *; {code}"],
+        [sys.executable, "-c", f"{SETTING}; {code}"],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -555,23 +561,57 @@ def test_workers_start_without_a_server_where_its_socket_would_have_too_long_a_p
     )
     ended = run_code(code, TMPDIR=str(long))
 
-    assert (ended.returncode, ended.stderr) == (0, "")
+    said = "each worker imports TensorFlow for itself, as no server can: AF_UNIX path too long\n"
+    assert (ended.returncode, ended.stderr) == (0, said)
     assert ended.stdout.split() == ["42", *["--multiprocessing-fork"] * 2]  # of `spawn`
 
 
-def test_a_stop_does_not_wait_for_what_the_server_imports(tmp_path: Path) -> None:
-    (tmp_path / "endless.py").write_text("import time; time.sleep(600)", encoding="utf-8")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-
+@pytest.mark.parametrize(
+    "before", ["", "os.kill(_server(), signal.SIGKILL); time.sleep(0.4); "], ids=["", "killed"]
+)
+def test_a_stop_does_not_wait_for_what_the_server_imports(tmp_path: Path, before: str) -> None:
     code = (
         "executor = LocalExecutor(2, nothing, ('endless',)); future = executor.submit(double, 1); "
-        "time.sleep(1); began = time.monotonic(); executor.stop(grace=0.5); "
+        f"time.sleep(1); {before}began = time.monotonic(); executor.stop(grace=0.5); "
         "print(time.monotonic() - began < 5, repr(future.exception()))"
     )
-    ended = run_code(code, PYTHONPATH=path)
+    ended = run_code(code, PYTHONPATH=endless(tmp_path))
 
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("True WorkerLostError('a worker could not start: ")
+    assert ended.stdout.startswith("True WorkerLostError('")
+
+
+def test_an_interruption_does_not_wait_for_what_the_server_imports(tmp_path: Path) -> None:
+    code = (
+        "executor = LocalExecutor(2, nothing, ('endless',)); "
+        "futures = [executor.submit(double, n) for n in (1, 2)]; time.sleep(1); "
+        "executor.interrupt(); print(*[type(each.exception(5)).__name__ for each in futures])"
+    )
+    ended = run_code(code, PYTHONPATH=endless(tmp_path))
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == ["WorkerLostError"] * 2
+
+
+def endless(folder: Path) -> str:
+    """Where modules are found, one whose import has no end among them."""
+    (folder / "endless.py").write_text("import time; time.sleep(600)", encoding="utf-8")
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
+def test_a_stop_does_not_wait_for_a_server_that_is_paused(local: Build, tmp_path: Path) -> None:
+    executor = local(1)
+    future = executor.submit(sleep_whatever_comes, tmp_path)
+    until(lambda: len(noted(tmp_path)) == 1)
+    server = server_of(psutil.Process())
+    server.suspend()
+    began = time.monotonic()
+
+    executor.stop(grace=0.5)
+
+    assert time.monotonic() - began < 4
+    assert isinstance(error_of(future, seconds=0), WorkerDiedError)
+    until(lambda: has_ended(server.pid))
 
 
 # --- interruption and end ----------------------------------------------------------------
