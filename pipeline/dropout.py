@@ -5,26 +5,31 @@ a training step of 784-512-512-10. A counter-based hash needs a tenth of that. O
 draws differently: the layer, what is saved of it and what it does at inference stay Keras' own.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import MethodType
-
 import keras
 import numpy as np
 import tensorflow as tf
 
 
-@contextmanager
-def hashed_dropout(model: keras.Model) -> Iterator[None]:
-    """Inside, the `Dropout` layers of the model draw their masks from the hash."""
-    layers = _dropout_layers(model)
-    for layer in layers:
-        layer.call = MethodType(_call, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.call
+class HashedDropout(keras.layers.Dropout):  # type: ignore[misc]
+    """Keras' `Dropout` but for its masks, and with a rate that may change after it was traced.
+
+    Its seed state is Keras' own: a stream, and a counter of the calls.
+    """
+
+    def __init__(self, rate: float, **settings: object) -> None:
+        super().__init__(rate, **settings)
+        self.open_rate = tf.Variable(rate, dtype=tf.float64, trainable=False)
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        if not training:
+            return inputs
+        stream, count = tf.unstack(tf.cast(self.seed_generator.next(), tf.uint32))
+        shape = tf.shape(inputs)
+        index = tf.cast(tf.reshape(tf.range(tf.reduce_prod(shape)), shape), tf.uint32)
+        dropped = tf.minimum(tf.round(self.open_rate * 2.0**32), 2.0**32 - 1)
+        keep = _hash(_hash(index + stream) + count) >= tf.cast(dropped, tf.uint32)
+        kept = inputs / tf.cast(1.0 - self.open_rate, inputs.dtype)
+        return tf.where(keep, kept, tf.zeros_like(inputs))
 
 
 class SeedDropout(keras.callbacks.Callback):  # type: ignore[misc]
@@ -42,19 +47,7 @@ class SeedDropout(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 def _dropout_layers(model: keras.Model) -> list[keras.layers.Dropout]:
-    return [layer for layer in model.layers if type(layer) is keras.layers.Dropout]
-
-
-def _call(layer: keras.layers.Dropout, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-    """`Dropout.call` with Keras' own seed state: a stream, and a counter of the calls."""
-    if not training:
-        return inputs
-    stream, count = tf.unstack(tf.cast(layer.seed_generator.next(), tf.uint32))
-    shape = tf.shape(inputs)
-    index = tf.cast(tf.reshape(tf.range(tf.reduce_prod(shape)), shape), tf.uint32)
-    dropped_below = tf.constant(min(round(layer.rate * 2**32), 2**32 - 1), tf.uint32)
-    keep = _hash(_hash(index + stream) + count) >= dropped_below
-    return tf.where(keep, inputs / (1.0 - layer.rate), tf.zeros_like(inputs))
+    return [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
 
 
 def _hash(x: tf.Tensor) -> tf.Tensor:

@@ -1,13 +1,13 @@
 """Training through Keras' `fit`, with many steps to one compiled call.
 
-`fit` hands its iterator to `model.train_function`, and keeps one that is already there. Ours takes
-a chunk of many batches from it and runs Keras' own `train_step` on each in a loop inside one
-program, so the weights stay where they are between steps. Losses, metrics, callbacks and validation
-stay those of Keras.
+`fit` calls `model.train_function`, and keeps one that is already there. Ours trains on a chunk of
+many batches in one program, so the weights stay where they are between steps. Callbacks, early
+stopping and all else stay those of Keras.
 """
 
 import logging
 import math
+import random
 import signal
 import threading
 import time
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Self
 
 import keras
 import numpy as np
@@ -32,18 +32,17 @@ from pipeline.checkpoint import (
 )
 from pipeline.config import TrainingConfig
 from pipeline.data import Data, Split
-from pipeline.dropout import SeedDropout, hashed_dropout
+from pipeline.dropout import SeedDropout
 from pipeline.endings import DivergedError
+from pipeline.program import LOSS, Program, accuracy, program_for
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
 EpochHook = Callable[[int, Metrics], None]
-TrainFunction = Callable[[Iterator[Any]], dict[str, tf.Tensor]]
 
 # An interruption waits for the end of a call: 0.2 s at 784-512-512-10. More steps gain nothing.
 _STEPS_PER_CALL = 50
-_VALIDATION_BATCH = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ class History:
 
 
 def initialize(*, threads: int, seed: int) -> None:
-    """Gives TensorFlow its threads, before its first use in the process, and seeds Keras.
+    """Gives TensorFlow its threads, before its first use in the process, and seeds the weights.
 
     Raises:
         ValueError: TensorFlow already runs with another number of threads.
@@ -100,7 +99,9 @@ def initialize(*, threads: int, seed: int) -> None:
             ) from None
     tf.get_logger().setLevel(logging.ERROR)  # or it warns that each run traces its own functions
     keras.utils.disable_interactive_logging()
-    keras.utils.set_random_seed(seed)
+    # Keras draws the seeds of all weights from it. `keras.utils.set_random_seed` would also empty
+    # TensorFlow's cache of kernels, as it seeds operations that nothing here uses: 0.2 s.
+    random.seed(seed)
 
 
 def steps_per_epoch(images: int, config: TrainingConfig) -> int:
@@ -147,13 +148,7 @@ def train(
         OSError: The checkpoint cannot be written.
     """
     steps = steps_per_epoch(len(data.train), config)
-    model.compile(
-        optimizer,
-        loss="sparse_categorical_crossentropy",  # categorical cross-entropy of one-hot labels
-        metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")],  # by name, traced twice
-        jit_compile=False,
-    )
-    model.steps_per_execution = min(_STEPS_PER_CALL, steps)  # not compiled in: it would be saved
+    model.compile(optimizer)  # and no metrics: `fit` takes those of the program
     optimizer.build(model.trainable_variables)
     stopping = _stopping(config, data)
     end = _EpochEnd(on_epoch_end, stopping, checkpoint)
@@ -161,23 +156,29 @@ def train(
     compiled = _pays_to_compile(model, steps * config.epochs)
     if config.compile != "auto":
         compiled = config.compile == "always"
-    rows = model.steps_per_execution * config.batch_size
-    chunks = _chunks(data.train, rows, config, seed, first)
-    model.train_function = _train_function(model, chunks, config.batch_size, compiled)
+    program = program_for(
+        model, optimizer, batch_size=config.batch_size, steps=min(_STEPS_PER_CALL, steps)
+    )
+    chunks = _Chunks(program, data, seed=seed, compiled=compiled)
+    model.train_function = chunks.train_function
     try:
-        with hashed_dropout(model), _Interruption() as interruption:
+        with _Interruption() as interruption:
             model.fit(
-                chunks,
+                chunks.starts,
                 initial_epoch=first,
                 epochs=config.epochs,
-                steps_per_epoch=steps,
                 shuffle=False,  # the chunks are
-                validation_data=_validation(data.validation),
-                callbacks=[SeedDropout(seed), interruption, *filter(None, [stopping]), end],
+                callbacks=[
+                    *(SeedDropout(seed), chunks, interruption),
+                    *filter(None, [stopping]),
+                    end,
+                ],
                 verbose=0,
             )
     finally:
-        model.train_function, model.steps_per_execution = None, 1
+        program.release()
+        model.train_function = None
+        model.compile(optimizer, loss=LOSS, metrics=[accuracy()], jit_compile=False)
     if not all(np.isfinite(weights).all() for weights in model.get_weights()):
         raise DivergedError(len(end.epochs), math.nan)  # in the last step: no loss has shown it
     return History(
@@ -189,103 +190,60 @@ def train(
 
 
 def _pays_to_compile(model: keras.Model, steps: int) -> bool:
-    """Whether XLA saves more than its compilation costs.
+    """Whether XLA saves more than its compilation costs, where no model of that width was before.
 
-    A fit by hand to the widths 16 to 1024 on one thread, within a factor of 2: 1.05 s once,
-    against 0.3 ms and 2.1 ns per parameter each step.
+    A fit by hand to the widths 64 to 1024 on one thread, within a tenth: 0.5 s once, against
+    0.1 ms and 1.2 ns per parameter each step.
     """
-    return bool(steps * (0.3e-3 + 2.1e-9 * model.count_params()) > 1.05)
+    return bool(steps * (0.1e-3 + 1.2e-9 * model.count_params()) > 0.5)
 
 
-def _chunks(
-    train: Split, rows: int, config: TrainingConfig, seed: int, first: int = 0
-) -> tf.data.Dataset:
-    """Epochs from `first` on, each in an order of its own, cut into chunks of `rows` images; the
-    last of an epoch is shorter.
-    """
-    images, labels = tf.constant(train.images), tf.constant(train.labels)
+class _Chunks(keras.callbacks.Callback):  # type: ignore[misc]
+    """Trains for `fit`: each epoch in an order of its own, a chunk of many batches a call."""
 
-    def epoch(number: tf.Tensor) -> tf.data.Dataset:
-        order = tf.random.experimental.stateless_shuffle(
-            tf.range(len(train)), tf.stack([tf.constant(seed, tf.int64), number])
-        )
-        starts = tf.data.Dataset.range(0, len(train), rows)
-        return starts.map(as_it_is(lambda start: order[start : start + rows]))
+    def __init__(self, program: Program, data: Data, *, seed: int, compiled: bool) -> None:
+        super().__init__()
+        self.program, self.seed, self.compiled = program, seed, compiled
+        self.rows = program.steps * program.batch_size
+        self.train = _tensors(data.train)
+        self.validation = _tensors(data.validation) if data.validation else None
 
-    # Or TensorFlow writes each into a file, which stays where a worker is killed.
-    as_it_is = tf.autograph.experimental.do_not_convert
-    orders = tf.data.Dataset.range(first, config.epochs).flat_map(as_it_is(epoch))
-    chunks = orders.map(
-        as_it_is(lambda chunk: (tf.gather(images, chunk), tf.gather(labels, chunk)))
-    )
-    return chunks.with_options(_options())
+    @property
+    def starts(self) -> tf.data.Dataset:
+        """The first row of each chunk of an epoch; the last is shorter."""
+        options = tf.data.Options()
+        # Its thread sleeps 10 ms, 20 ms, ... up to a minute, and the end may have to wait for it.
+        options.autotune.enabled = False
+        return tf.data.Dataset.range(0, len(self.train[1]), self.rows).with_options(options)
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self.order = order_of(len(self.train[1]), seed=self.seed, epoch=epoch)
+        self.program.reset_metrics()
 
-def _train_function(
-    model: keras.Model, chunks: tf.data.Dataset, batch_size: int, compiled: bool
-) -> TrainFunction:
-    """What `fit` calls with its iterator: takes one chunk and trains on every image of it."""
-    steps = model.steps_per_execution
+    def train_function(self, starts: Iterator[tf.Tensor]) -> Metrics:
+        """What `fit` calls; returns the metrics of the epoch so far."""
+        start = next(starts)
+        rows = self.order[start : start + self.rows]
+        chunk = [tf.gather(array, rows) for array in self.train]
+        self.program.train(self.model, self.model.optimizer, *chunk, compiled=self.compiled)
+        return self.program.metrics
 
-    def loop(step: Callable[[tf.Tensor], Any], count: tf.Tensor) -> dict[str, tf.Tensor]:
-        def body(i: tf.Tensor) -> tuple[tf.Tensor]:
-            step(i)
-            return (i + 1,)
-
-        tf.while_loop(lambda i: i < count, body, (tf.constant(0),), parallel_iterations=1)
-        logs: dict[str, tf.Tensor] = model.get_metrics_result()
-        return logs
-
-    def any_rows(images: tf.Tensor, labels: tf.Tensor) -> dict[str, tf.Tensor]:
-        def step(i: tf.Tensor) -> None:
-            batch = slice(i * batch_size, (i + 1) * batch_size)
-            model.train_step((images[batch], labels[batch]))
-
-        return loop(step, (tf.shape(labels)[0] + batch_size - 1) // batch_size)
-
-    def full_batches(
-        images: tf.Tensor, labels: tf.Tensor, count: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
-        shape = (steps, batch_size)
-        images = tf.reshape(images, (*shape, *images.shape[1:]))
-        labels = tf.reshape(labels, shape)
-        return loop(lambda i: model.train_step((images[i], labels[i])), count)
-
-    run_any_rows = tf.function(any_rows, input_signature=chunks.element_spec, autograph=False)
-    run_full_batches = tf.function(full_batches, jit_compile=True, autograph=False)
-
-    def compiled_function(iterator: Iterator[Any]) -> dict[str, tf.Tensor]:
-        """XLA compiles one shape: a short chunk is padded, a partial batch left to `any_rows`."""
-        images, labels = next(iterator)
-        full, rest = divmod(len(labels), batch_size)
-        logs: dict[str, tf.Tensor] = {}
-        if full:
-            missing = steps * batch_size - len(labels)
-            rows = [_pad(array, missing) for array in (images, labels)]
-            logs = run_full_batches(*rows, tf.constant(full))
-        return run_any_rows(images[-rest:], labels[-rest:]) if rest else logs
-
-    return compiled_function if compiled else lambda iterator: run_any_rows(*next(iterator))
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Adds the metrics of the validation split, which the other callbacks find there."""
+        if self.validation is None or logs is None:
+            return
+        metrics = self.program.evaluate(self.model, self.model.optimizer, *self.validation)
+        logs.update({f"val_{name}": value for name, value in metrics.items()})
 
 
-def _pad(array: tf.Tensor, rows: int) -> tf.Tensor:
-    return tf.pad(array, [(0, rows)] + [(0, 0)] * (array.ndim - 1)) if rows else array
+def _tensors(split: Split) -> tuple[tf.Tensor, tf.Tensor]:
+    return tf.constant(split.images), tf.constant(split.labels, tf.int32)
 
 
-def _validation(validation: Split | None) -> tf.data.Dataset | None:
-    if validation is None:
-        return None
-    images = tf.data.Dataset.from_tensor_slices((validation.images, validation.labels))
-    return images.batch(_VALIDATION_BATCH).cache().with_options(_options())
-
-
-def _options() -> tf.data.Options:
-    """Without autotuning: its thread sleeps 10 ms, 20 ms, ... up to a minute, and the end of a
-    training may have to wait for it to wake.
-    """
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return options
+def order_of(images: int, *, seed: int, epoch: int) -> tf.Tensor:
+    """Rows of the training images, `[images]`, int32, as an epoch (from 0) takes them."""
+    key = tf.constant([seed, epoch], tf.int64)
+    return tf.random.experimental.stateless_shuffle(tf.range(images), key)
 
 
 def _stopping(config: TrainingConfig, data: Data) -> keras.callbacks.EarlyStopping | None:
@@ -416,5 +374,4 @@ class _Interruption(keras.callbacks.Callback):  # type: ignore[misc]
         if self.received is not None:
             self._pass_on(self.received)
 
-    on_test_batch_end = on_train_batch_end
     on_epoch_end = on_train_batch_end

@@ -1,15 +1,12 @@
 """Masks from the hash are as good as Keras' own, and leave its layers as they were."""
 
-from collections.abc import Callable
-from contextlib import suppress
-
 import keras
 import numpy as np
 import numpy.typing as npt
 import pytest
 import tensorflow as tf
 
-from pipeline.dropout import SeedDropout, hashed_dropout
+from pipeline.dropout import HashedDropout, SeedDropout
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
 
@@ -24,9 +21,7 @@ RATES = [0.01, 0.2, 0.5, 0.9]
 
 def dropout_model(rate: float = 1 - KEPT) -> keras.Model:
     """Two dropouts of their own, told apart by what they are called on."""
-    return keras.Sequential(
-        [keras.Input((SHAPE[1],)), keras.layers.Dropout(rate), keras.layers.Dropout(rate)]
-    )
+    return keras.Sequential([keras.Input((SHAPE[1],)), HashedDropout(rate), HashedDropout(rate)])
 
 
 def seed(model: keras.Model, *, seed: int = 0, epoch: int = 0) -> None:
@@ -45,8 +40,7 @@ def draw_steps(
 ) -> list[Array]:
     model = dropout_model(rate)
     seed(model, seed=run, epoch=epoch)
-    with hashed_dropout(model):
-        return [model.layers[layer](ONES, training=True).numpy() for _ in range(steps)]
+    return [model.layers[layer](ONES, training=True).numpy() for _ in range(steps)]
 
 
 def masks(outputs: Array) -> npt.NDArray[np.float64]:
@@ -124,49 +118,29 @@ def test_a_compiled_step_draws_the_mask_of_the_uncompiled(compiled: bool) -> Non
     model = dropout_model()
     seed(model)
 
-    with hashed_dropout(model):
-        function = tf.function(lambda x: model.layers[0](x, training=True), jit_compile=compiled)
-        drawn = function(tf.constant(ONES)).numpy()
+    function = tf.function(lambda x: model.layers[0](x, training=True), jit_compile=compiled)
+    drawn = function(tf.constant(ONES)).numpy()
 
     np.testing.assert_array_equal(drawn, draw())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_rate_that_changes_is_that_of_the_next_masks(compiled: bool) -> None:
+    layer = dropout_model(0.5).layers[0]
+    function = tf.function(lambda x: layer(x, training=True), jit_compile=compiled)
+    before = masks(function(tf.constant(ONES)).numpy()).mean()
+
+    layer.open_rate.assign(0.1)
+    after = masks(function(tf.constant(ONES)).numpy()).mean()
+
+    assert (before, after) == pytest.approx((0.5, 0.9), abs=5 * 0.5 / COUNT**0.5)
+    assert function.experimental_get_tracing_count() == 1
 
 
 def test_inference_stays_the_identity() -> None:
     model = dropout_model()
     inputs = np.random.default_rng(0).random(SHAPE, np.float32)
 
-    with hashed_dropout(model):
-        outputs = model(inputs, training=False).numpy()
+    outputs = model(inputs, training=False).numpy()
 
     np.testing.assert_array_equal(outputs, inputs)
-
-
-def end_normally() -> None:
-    pass
-
-
-def end_in_an_interruption() -> None:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("end", [end_normally, end_in_an_interruption])
-def test_afterwards_the_layers_draw_as_keras_does(end: Callable[[], None]) -> None:
-    model, untouched = dropout_model(), dropout_model()
-    seed(model)
-    seed(untouched)
-
-    with suppress(KeyboardInterrupt), hashed_dropout(model):
-        end()
-
-    for ours, theirs in zip(model.layers, untouched.layers, strict=True):
-        np.testing.assert_array_equal(ours(ONES, training=True), theirs(ONES, training=True))
-        assert "call" not in vars(ours)
-
-
-def test_only_dropout_draws_from_the_hash() -> None:
-    model = keras.Sequential([keras.Input((4,)), keras.layers.GaussianDropout(0.5)])
-
-    with hashed_dropout(model):
-        own_call = "call" in vars(model.layers[0])
-
-    assert not own_call

@@ -33,9 +33,9 @@ from pipeline.train import (
     EpochHook,
     History,
     Metrics,
-    _chunks,
     _pays_to_compile,
     initialize,
+    order_of,
     steps_per_epoch,
     train,
 )
@@ -276,38 +276,11 @@ def test_metrics_count_every_image_once_an_epoch(compile_: str, batch_size: int)
         assert metrics["accuracy"] == pytest.approx(before.accuracy)
 
 
-def numbered(count: int) -> Split:
-    """Images that hold their row."""
-    images = np.arange(count, dtype=np.float32).reshape(count, 1, 1)
-    return Split(name="train", images=images, labels=np.zeros(count, np.int32), digest="")
-
-
-def order_of(epoch: int, *, seed: int = 0, rows: int = 16, **training: Any) -> list[int]:
-    config = replace(compose().training, **{"epochs": 3, **training})
-    chunks = _chunks(numbered(100), rows, config, seed)
-    images = np.concatenate([images.numpy().ravel() for images, _ in chunks])
-    return [int(row) for row in images[100 * epoch : 100 * (epoch + 1)]]
-
-
-@pytest.mark.parametrize(
-    "other", [{"rows": 7}, {"rows": 1_000}, {"epochs": 9}, {"batch_size": 3}, {"threads": 4}]
-)
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(
-    epoch: int, other: dict[str, int]
-) -> None:
-    usual = order_of(epoch)
-
-    changed = order_of(epoch, **other)
-
-    assert changed == usual
-
-
 @pytest.mark.parametrize("other", [{"epoch": 1}, {"epoch": 0, "seed": 1}])
 def test_another_seed_or_epoch_has_another_order_of_every_image(other: dict[str, int]) -> None:
-    usual = order_of(0)
+    usual = order_of(100, seed=0, epoch=0).numpy().tolist()
 
-    changed = order_of(**other)
+    changed = order_of(100, **{"seed": 0, **other}).numpy().tolist()
 
     assert changed != usual
     assert sorted(changed) == sorted(usual) == list(range(100))
@@ -480,7 +453,6 @@ def test_an_error_of_the_hook_ends_the_run_and_leaves_a_plain_keras_model(
 
     assert seen == [1]
     assert net.model.train_function is None
-    assert not any("call" in vars(layer) for layer in net.model.layers)
     assert handlers_now() == before
 
 
@@ -529,7 +501,7 @@ def test_ctrl_c_ends_a_training_at_the_end_of_a_compiled_call(compile_: str) -> 
     with pytest.raises(KeyboardInterrupt) as interrupted:
         net.train(lambda epoch, metrics: hooks.get(epoch, lambda: None)())
 
-    callbacks = {"on_train_batch_end", "on_test_batch_end", "on_epoch_end"}
+    callbacks = {"on_train_batch_end", "on_epoch_end"}
     assert callbacks & {entry.name for entry in interrupted.traceback}
     assert int(net.optimizer.iterations) % math.ceil(NUM_IMAGES / 32) == 0
     assert handlers_now() == before
@@ -701,9 +673,11 @@ def test_the_number_of_threads_is_settled_once_a_process() -> None:
 def test_initializing_seeds_the_weights() -> None:
     running = tf.config.threading.get_intra_op_parallelism_threads()
 
-    def draw(seed: int) -> npt.NDArray[Any]:
+    def draw(seed: int) -> list[npt.NDArray[Any]]:
         initialize(threads=running, seed=seed)
-        return np.asarray(keras.random.normal((9,)))
+        weights: list[npt.NDArray[Any]] = build_mlp(compose().model, digits()).get_weights()
+        return weights
 
-    assert np.array_equal(draw(1), draw(1))
-    assert not np.array_equal(draw(1), draw(2))
+    for first, again, other in zip(draw(1), draw(1), draw(2), strict=True):
+        assert np.array_equal(first, again)
+        assert first.ndim == 1 or not np.array_equal(first, other)

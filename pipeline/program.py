@@ -1,0 +1,228 @@
+"""Programs that train and evaluate networks of any hidden width.
+
+For each Keras model, TensorFlow traces a program of its own and XLA compiles it, which takes longer
+than a short training. But for the width of its hidden layers, its dropout rate and its learning
+rate, most models of a sweep are alike: that is their outline. A program has a network of that
+outline, whose variables take arrays of any width, and serves one model after another: a call takes
+the model's values, does many steps of Keras' own `train_step` in one loop, and gives them back. So
+TensorFlow traces once an outline, and XLA compiles once a width.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from pipeline.dropout import HashedDropout
+
+LOSS = "sparse_categorical_crossentropy"  # categorical cross-entropy of one-hot labels
+_EVALUATED = 2_000  # images at once: bounds the memory of the activations
+_MOST = 16  # outlines that a process remembers
+
+
+def accuracy() -> keras.metrics.Metric:
+    return keras.metrics.SparseCategoricalAccuracy("accuracy")  # by name, traced twice
+
+
+def program_for(
+    model: keras.Sequential, optimizer: keras.Optimizer, *, batch_size: int, steps: int
+) -> Program:
+    """The program of this process that trains such a model.
+
+    Args:
+        model: Dense layers, the last one for the classes, and what else has no width of its own.
+        optimizer: Built for the variables of the model.
+        batch_size: Images a step.
+        steps: Most steps a call.
+    """
+    return _program(_outline(model, optimizer), batch_size, steps)
+
+
+def _outline(model: keras.Sequential, optimizer: keras.Optimizer) -> str:
+    """What a program depends on."""
+    *layers, last = [keras.layers.serialize(layer) for layer in model.layers]
+    for layer in layers:
+        if layer["class_name"] == "Dense":
+            layer["config"]["units"] = None
+        if layer["class_name"] == "Dropout":
+            layer["config"]["rate"] = None
+    for layer in (*layers, last):
+        layer["config"]["name"] = layer["build_config"] = None
+    how = keras.optimizers.serialize(optimizer)
+    how["config"]["name"] = None
+    if isinstance(how["config"]["learning_rate"], float):  # else a schedule, traced as it is
+        how["config"]["learning_rate"] = 0.0
+    (inputs,) = model.inputs
+    return json.dumps([inputs.shape[1:], inputs.dtype, [*layers, last], how])
+
+
+class Program:
+    """Trains models of one outline, one at a time.
+
+    Args:
+        outline: Of a model and its optimizer.
+        batch_size: Images a step.
+        steps: Most steps a call.
+    """
+
+    def __init__(self, outline: str, batch_size: int, steps: int) -> None:
+        self.batch_size, self.steps = batch_size, steps
+        shape, dtype, layers, optimizer = json.loads(outline)
+        fixed = {2, *shape, tf.TensorShape(shape).num_elements(), layers[-1]["config"]["units"]}
+        width = next(size for size in itertools.count(2) if size not in fixed)
+        with tf.variable_creator_scope(functools.partial(_create_open, width)):
+            self.model = keras.Sequential(
+                [keras.Input(shape, dtype=dtype), *(_layer(each, width) for each in layers)]
+            )
+            self.optimizer = keras.optimizers.deserialize(optimizer)
+            self.optimizer.build(self.model.trainable_variables)
+        self.model.compile(self.optimizer, loss=LOSS, metrics=[accuracy()], jit_compile=False)
+        self._dropouts = [layer for layer in self.model.layers if isinstance(layer, HashedDropout)]
+        self._variables = [*self.model.variables, *self.optimizer.variables]
+        self._initial = [tf.identity(variable.value) for variable in self._variables]
+
+        def traced(function: Callable[..., None], rows: int | None, *more: Any, **how: Any) -> Any:
+            images, labels = tf.TensorSpec([rows, *shape], dtype), tf.TensorSpec([rows], tf.int32)
+            signature = [images, labels, *more]
+            return tf.function(function, input_signature=signature, autograph=False, **how)
+
+        rows, count = steps * batch_size, tf.TensorSpec([], tf.int32)
+        self._train_full = traced(self._full_batches, rows, count, jit_compile=True)
+        self._train_any = traced(self._any_rows, None)
+        self._evaluate = traced(self._evaluate_rows, None)
+
+    def train(
+        self,
+        model: keras.Model,
+        optimizer: keras.Optimizer,
+        images: tf.Tensor,
+        labels: tf.Tensor,
+        *,
+        compiled: bool,
+    ) -> None:
+        """Trains on each image once, batch by batch.
+
+        Args:
+            model: Of the outline.
+            optimizer: Likewise.
+            images: `[rows, height, width]`, of at most `steps` batches.
+            labels: `[rows]`, int32.
+            compiled: By XLA, but for a last batch that is not full.
+        """
+        with self._lent_to(model, optimizer):
+            if not compiled:
+                self._train_any(images, labels)
+                return
+            full, rest = divmod(len(labels), self.batch_size)
+            if full:  # XLA compiles one shape
+                missing = self.steps * self.batch_size - len(labels)
+                rows = [_pad(array, missing) for array in (images, labels)]
+                self._train_full(*rows, tf.constant(full))
+            if rest:
+                self._train_any(images[-rest:], labels[-rest:])
+
+    def evaluate(
+        self, model: keras.Model, optimizer: keras.Optimizer, images: tf.Tensor, labels: tf.Tensor
+    ) -> dict[str, float]:
+        """Loss and accuracy on each image once, without dropout."""
+        self.reset_metrics()
+        with self._lent_to(model, optimizer):
+            self._evaluate(images, labels)
+        return self.metrics
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Loss and accuracy of what was trained on since `reset_metrics`."""
+        return {name: float(value) for name, value in self.model.get_metrics_result().items()}
+
+    def reset_metrics(self) -> None:
+        self.model.reset_metrics()
+
+    def release(self) -> None:
+        """Frees the memory of the last model's values."""
+        for variable, value in zip(self._variables, self._initial, strict=True):
+            variable.value.assign(value)
+
+    @contextmanager
+    def _lent_to(self, model: keras.Model, optimizer: keras.Optimizer) -> Iterator[None]:
+        """Inside, the program has the values of the model, which has those of the program then."""
+        rates = [layer.rate for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+        for layer, rate in zip(self._dropouts, rates, strict=True):
+            layer.open_rate.assign(rate)
+        theirs = [*model.variables, *optimizer.variables]
+        for own, other in zip(self._variables, theirs, strict=True):
+            own.value.assign(other.value)
+        yield
+        for own, other in zip(self._variables, theirs, strict=True):
+            other.value.assign(own.value)
+
+    # --- what is traced ------------------------------------------------------------------
+
+    def _any_rows(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+        size = self.batch_size
+
+        def step(i: tf.Tensor) -> None:
+            batch = slice(i * size, (i + 1) * size)
+            self.model.train_step((images[batch], labels[batch]))
+
+        _repeat(step, (tf.shape(labels)[0] + size - 1) // size)
+
+    def _full_batches(self, images: tf.Tensor, labels: tf.Tensor, count: tf.Tensor) -> None:
+        shape = (self.steps, self.batch_size)
+        images = tf.reshape(images, (*shape, *images.shape[1:]))
+        labels = tf.reshape(labels, shape)
+        _repeat(lambda i: self.model.train_step((images[i], labels[i])), count)
+
+    def _evaluate_rows(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+        def step(i: tf.Tensor) -> None:
+            batch = slice(i * _EVALUATED, (i + 1) * _EVALUATED)
+            self.model.test_step((images[batch], labels[batch]))
+
+        _repeat(step, (tf.shape(labels)[0] + _EVALUATED - 1) // _EVALUATED)
+
+
+_program = functools.lru_cache(maxsize=_MOST)(Program)
+
+
+def _repeat(step: Callable[[tf.Tensor], Any], count: tf.Tensor) -> None:
+    def body(i: tf.Tensor) -> tuple[tf.Tensor]:
+        step(i)
+        return (i + 1,)
+
+    tf.while_loop(lambda i: i < count, body, (tf.constant(0),), parallel_iterations=1)
+
+
+class _OpenDense(keras.layers.Dense):  # type: ignore[misc]
+    """Adds the bias by the operation that Keras takes where it knows the width."""
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        outputs = keras.ops.matmul(inputs, self.kernel)
+        return self.activation(tf.nn.bias_add(outputs, self.bias) if self.use_bias else outputs)
+
+
+def _layer(serialized: dict[str, Any], width: int) -> keras.Layer:
+    settings = serialized["config"]
+    if settings.get("rate", 0.5) is None:
+        return HashedDropout.from_config({**settings, "rate": 0.5})
+    if settings.get("units", width) is None:
+        return _OpenDense.from_config({**settings, "units": width})
+    return keras.layers.deserialize(serialized)
+
+
+def _create_open(width: int, create: Callable[..., tf.Variable], **settings: Any) -> tf.Variable:
+    """Creates a variable that takes any size where the initial value has `width`."""
+    value = settings["initial_value"]
+    value = tf.convert_to_tensor(value() if callable(value) else value, settings.get("dtype"))
+    shape = [None if size == width else size for size in value.shape]
+    return create(**{**settings, "initial_value": value, "shape": tf.TensorShape(shape)})
+
+
+def _pad(array: tf.Tensor, rows: int) -> tf.Tensor:
+    return tf.pad(array, [(0, rows)] + [(0, 0)] * (array.ndim - 1)) if rows else array
