@@ -43,8 +43,8 @@ logging.setLogRecordFactory(_without_password)
 
 
 @contextmanager
-def _stderr_closed() -> Iterator[None]:
-    """Hides what native code writes: TensorFlow's first lines ignore its own log level."""
+def stderr_closed() -> Iterator[None]:
+    """Hides what native code writes, as TensorFlow and Ray do whatever their log levels."""
     saved = os.dup(2)
     with Path(os.devnull).open("w") as null:
         os.dup2(null.fileno(), 2)
@@ -85,7 +85,7 @@ def without_pyplot() -> Iterator[None]:
 
 def import_libraries() -> None:
     """Imports what takes seconds: TensorFlow, Keras, MLflow, and all that trains with them."""
-    with _stderr_closed(), fast_imports(), without_pyplot():
+    with stderr_closed(), fast_imports(), without_pyplot():
         import tensorflow  # noqa: F401
 
         import pipeline.tracking
@@ -95,7 +95,7 @@ def import_libraries() -> None:
 def start_libraries() -> None:
     """Likewise, and looks for GPUs; the libraries' messages are not shown."""
     import_libraries()
-    with _stderr_closed():
+    with stderr_closed():
         import tensorflow as tf
 
         tf.config.list_physical_devices()  # looks for GPUs, and says so

@@ -49,6 +49,15 @@ _ALIASES = {
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
+# What to do about an error that says what failed alone, by a part of it.
+_REMEDIES = {
+    "no password supplied": "Set PGPASSWORD, or write ~/.pgpass.",
+    "password authentication failed": "PGPASSWORD or ~/.pgpass has another password.",
+    "403 != 200": "The user of MLFLOW_TRACKING_USERNAME needs EDIT there, which an administrator "
+    "or the owner grants.",
+}
+
+
 T = TypeVar("T")
 Value = str | int | float | bool | None
 
@@ -329,6 +338,9 @@ def _errors_in_one_line(config_name: str, tracebacks: bool, interrupted: str) ->
 def explain(error: BaseException, config_name: str = "run") -> str:
     """One line that tells a user what was wrong, with the nearest valid name where one is near."""
     line = " ".join(line.strip() for line in _explain(error, config_name).splitlines())
+    line = re.sub(r" \(Background on this error at: \S+\)", "", line)  # of SQLAlchemy
+    remedies = (remedy for sign, remedy in _REMEDIES.items() if sign in line)
+    line = " ".join([line, *remedies])
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from ipaddress import ip_address
@@ -27,6 +28,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError
 from sqlalchemy import make_url
 
+from pipeline import stderr_closed
 from pipeline.config import without_password
 from pipeline.database import causes
 from sweeps.config import RayConfig
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 NAMESPACE = "digit-sweeps"  # of the names of our actors
 ANSWER = 10.0  # seconds to wait for the head of a cluster
 UNSAID = 30.0  # seconds that workers may wait for room without a word
+LOOK = 5.0  # seconds between two looks at the cluster
+GONE = 30.0  # seconds without an answer; after 60 Ray itself would end this process without a word
 
 # What a store on a server has in its address. (A database has no place for the files of runs.)
 SERVERS = {"study.storage": ("postgresql",), "tracking.uri": ("http", "https")}
@@ -47,6 +51,10 @@ GRAIN = 1e-4  # in which Ray counts resources
 
 # What a worker needs to write to the stores. It goes to the nodes with the actor; no log shows it.
 _CREDENTIALS = ("MLFLOW_TRACKING_", "PG")
+
+
+class ClusterLostError(OSError):
+    """Ray's head, or the node of this process, is gone: no other worker can be had."""
 
 
 class RayExecutor(Executor):
@@ -78,18 +86,21 @@ class RayExecutor(Executor):
         self._is_ours, self._is_over = not ray.is_initialized(), False
         self._notice = threading.Timer(UNSAID, self._tell_of_waiting)
         self._notice.daemon = True
+        self._lost: Future[None] = Future()
         if self._is_ours:
             _connect(config.address)
         try:
+            self._watch = _Watch(self._lost)
             nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
             _check_reach([node["NodeManagerHostname"] for node in nodes], addresses)
             asked = config.asked(threads)
             workers = config.workers or _room(nodes, asked)
             title = f"{name}-{_digest(addresses)}"
             _kill_left(title)
-            start = partial(_Remote, warm_up, title, asked)
+            start = partial(_Remote, warm_up, title, asked, self._lost)
             super().__init__(min(workers, most), start)
             self._notice.start()
+            self._watch.start()
         except BaseException:
             self._disconnect()
             raise
@@ -104,10 +115,10 @@ class RayExecutor(Executor):
         waiting: list[Any] = []
         with suppress(Exception):  # the cluster is gone, which others say
             _, waiting = ray.wait(workers, num_returns=len(workers), timeout=0)
-        if waiting and not self._stopped:
+        if waiting and not (self._stopped or self._lost.done()):
             log.warning(
-                "%d of %d workers have not started yet: they wait for room where `ray status` "
-                "shows none.",
+                "%d of %d workers have not started yet: they wait for room, or for nodes; "
+                "`ray status` shows both.",
                 len(waiting),
                 len(workers),
             )
@@ -117,8 +128,41 @@ class RayExecutor(Executor):
         self._notice.cancel()
         if self._notice.is_alive():
             self._notice.join(ANSWER)  # or it would connect anew
-        if self._is_ours:
+        if self._is_ours and not self._lost.done():  # or Ray would end this process
             ray.shutdown()
+
+
+class _Watch(threading.Thread):
+    """Looks whether Ray's head and the node of this process answer; a `ray://` address has neither.
+
+    Ray does not tell: without them its calls wait, or end this process.
+
+    Args:
+        lost: Fails when one does not answer any more.
+    """
+
+    def __init__(self, lost: Future[None]) -> None:
+        super().__init__(daemon=True)
+        self._lost, self._places = lost, list[tuple[str, int]]()
+        if not ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+            context = ray.get_runtime_context()
+            head, _, port = context.gcs_address.rpartition(":")
+            self._places.append((head.strip("[]"), int(port)))
+            for node in ray.nodes():  # type: ignore[no-untyped-call]
+                if node["NodeID"] == context.get_node_id():
+                    self._places.append((node["NodeManagerAddress"], node["NodeManagerPort"]))
+
+    def run(self) -> None:
+        answered = dict.fromkeys(self._places, time.monotonic())
+        while self._places and ray.is_initialized():
+            for place in self._places:
+                with suppress(OSError), socket.create_connection(place, timeout=LOOK):
+                    answered[place] = time.monotonic()
+            if time.monotonic() - min(answered.values()) > GONE:
+                text = "Ray's head, or its node on this machine, is gone: start Ray again."
+                self._lost.set_exception(ClusterLostError(text))
+                return
+            time.sleep(LOOK)
 
 
 def _connect(address: str | None) -> None:
@@ -129,7 +173,7 @@ def _connect(address: str | None) -> None:
     """
     found = _find(address or os.environ.get("RAY_ADDRESS") or "")
     try:
-        with _own_sigterm():
+        with _own_sigterm(), stderr_closed():
             ray.init(
                 found or None, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False
             )
@@ -287,12 +331,20 @@ class _Remote:
         warm_up: Called in it before its first job.
         title: Of the sweep or promotion, this one's alone.
         asked: Amount of each of Ray's resources.
+        lost: Fails when the cluster is lost; then Ray is not to be asked.
 
     Attributes:
         placed: Is there once it has started on a node, or never will.
     """
 
-    def __init__(self, warm_up: Callable[[], None], title: str, asked: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        warm_up: Callable[[], None],
+        title: str,
+        asked: Mapping[str, float],
+        lost: Future[None],
+    ) -> None:
+        self._lost = lost
         environment = {key: os.environ[key] for key in os.environ if key.startswith(_CREDENTIALS)}
         actor: Any = ray.remote(_Host)
         self._actor = actor.options(
@@ -308,18 +360,21 @@ class _Remote:
 
     def when_placed(self, tell: Callable[[], None]) -> None:
         self.placed.future().add_done_callback(lambda _: tell())
+        self._lost.add_done_callback(lambda _: tell())  # and its next job fails
 
     def exchange(self, request: bytes) -> bytes:
         self._job = self._actor.exchange.remote(request)
         try:
-            reply = ray.get(self._job)
+            reply = self._reply_to(self._job)
         except OutOfMemoryError as error:
             self._kill()
             raise WorkerDiedError("worker ended by Ray: its node had no memory left.") from error
         except LOST as error:
             self._kill()  # a node that is cut off may still be at work
             kind = type(error).__name__
-            raise WorkerLostError(f"worker lost with its node, or cut off ({kind}).") from error
+            raise WorkerLostError(
+                f"worker lost: Ray's process of it, its node or the way there has gone ({kind})."
+            ) from error
         finally:
             self._job = None
         if isinstance(reply, WorkerDiedError):
@@ -327,16 +382,32 @@ class _Remote:
             raise reply
         return bytes(reply)
 
+    def _reply_to(self, call: Any) -> Any:
+        """What a call of the actor returns.
+
+        Raises:
+            ClusterLostError: Nobody is there any more who could tell.
+        """
+        reply = call.future()
+        wait([reply, self._lost], return_when=FIRST_COMPLETED)
+        if self._lost.done():
+            self._lost.result()
+        return reply.result()
+
     @property
     def is_alive(self) -> bool:
         try:
-            return bool(ray.get(self._actor.is_alive.remote()))
+            return bool(self._reply_to(self._actor.is_alive.remote()))
         except LOST as error:
-            reason = str(error).strip().rpartition("\n")[2]
-            log.warning("a worker on the cluster has gone, or not come: %s", reason)
+            log.warning(
+                "a worker on the cluster has gone, or not come (%s): another one is asked for",
+                type(error).__name__,
+            )
             return False
 
     def interrupt(self) -> None:
+        if self._lost.done():
+            return
         with suppress(*LOST):
             if ray.wait([self.placed], timeout=0)[0]:
                 self._actor.interrupt.remote()
@@ -344,11 +415,13 @@ class _Remote:
                 self._kill()  # it is not to begin
 
     def end(self, deadline: float) -> None:
-        if job := self._job:
+        if (job := self._job) and not self._lost.done():
             with suppress(*LOST):
                 ray.wait([job], timeout=max(0.0, deadline - time.monotonic()))
         self._kill()
 
     def _kill(self) -> None:
+        if self._lost.done():
+            return
         with suppress(*LOST, ValueError):
             ray.kill(self._actor)

@@ -358,3 +358,21 @@ def test_any_override_composes_or_is_refused_in_one_line(override: tuple[str, st
 )
 def test_an_explanation_is_one_line_whatever_the_error(error: Exception) -> None:
     assert len(explain(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("connection failed: fe_sendauth: no password supplied", "Set PGPASSWORD"),
+        ('FATAL: password authentication failed for user "ann"', "has another password"),
+        ("failed with error code 403 != 200. Response body: 'Permission denied'", "needs EDIT"),
+    ],
+)
+def test_an_error_that_says_what_failed_alone_also_says_what_to_do(text: str, remedy: str) -> None:
+    error = RuntimeError(f"{text}\n(Background on this error at: https://sqlalche.me/e/21/e3q8)")
+
+    line = explain(error)
+
+    assert line.startswith(f"RuntimeError: {text} ")
+    assert remedy in line
+    assert "Background" not in line

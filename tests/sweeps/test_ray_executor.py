@@ -67,7 +67,7 @@ def test_the_job_of_a_lost_node_fails_and_the_next_one_runs_where_a_node_comes(
         assert (executor.workers, len(done), len(running)) == (2, 1, 1)
         error = done.pop().exception()
         assert isinstance(error, WorkerDiedError)
-        assert re.fullmatch(r"worker lost with its node, or cut off \(\w+\)\.", str(error))
+        assert re.fullmatch(r"worker lost: .* has gone \(\w+\)\.", str(error))
         assert next_one > 0
 
 
@@ -92,7 +92,9 @@ def test_workers_that_wait_for_room_are_told(
             time.sleep(0.5)
             executor._tell_of_waiting()
 
-    told = "workers have not started yet: they wait for room where `ray status` shows none."
+    told = (
+        "workers have not started yet: they wait for room, or for nodes; `ray status` shows both."
+    )
     assert caplog.messages[0] == f"3 of 3 {told}"
     assert caplog.messages[-1] == f"1 of 3 {told}"
 
@@ -125,6 +127,46 @@ def test_workers_of_a_sweep_of_the_same_name_elsewhere_are_left_alone(
 
         assert int(done.stdout) > 0
         assert not job.done()
+
+
+# The node of the launcher, or Ray's head: Ray itself waits for ever, or ends the process.
+GONE = """
+import sys, time
+from pathlib import Path
+import sweeps.ray_executor
+from tests.sweeps.test_ray_executor import note_and_sleep, open_on, process
+sweeps.ray_executor.GONE = sweeps.ray_executor.LOOK = 2.0
+executor = open_on(sys.argv[1], workers=2)
+futures = [executor.submit(note_and_sleep, Path(sys.argv[2]))]
+futures += [executor.submit(process) for _ in range(3)]
+for future in futures:
+    print(repr(future.exception(timeout=90)))
+executor.stop()
+print("stopped")
+"""
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_jobs_fail_and_nothing_waits_when_the_cluster_is_lost(tmp_path: Path, part: str) -> None:
+    with ray_nodes(1) as nodes:
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", GONE, nodes.address, str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        end = time.monotonic() + LIMIT
+        while not list(tmp_path.iterdir()) and time.monotonic() < end:
+            time.sleep(0.05)
+
+        getattr(nodes.cluster.head_node, f"kill_{part}")(check_alive=False)
+        printed, _ = launcher.communicate(timeout=LIMIT)
+
+    lost = 'ClusterLostError("Ray\'s head, or its node on this machine, is gone: start Ray again.")'
+    *ends, last = printed.splitlines()
+    assert last == "stopped"
+    assert set(ends[1:]) == {lost}
+    assert lost == ends[0] or "WorkerLostError" in ends[0]  # its node may have gone before
 
 
 def test_an_executor_that_is_stopped_twice_leaves_the_cluster_once(nodes: Nodes) -> None:
