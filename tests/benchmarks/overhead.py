@@ -13,6 +13,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -133,6 +134,9 @@ def seconds_of_parts(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Times what is not training.")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each ({ROUNDS})")
+    rounds = parser.parse_args().rounds
     table = Table(title="Beyond training", caption=describe(), show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -144,7 +148,7 @@ def main() -> None:
             table.add_row(name, f"{value:.3f}")
 
     commands = {
-        name: median(seconds_of_command(each) for _ in range(ROUNDS))
+        name: median(seconds_of_command(each) for _ in range(rounds))
         for name, each in COMMANDS.items()
     }
     section("a command, to its end", commands)
@@ -156,8 +160,8 @@ def main() -> None:
         _loaded()
         starts = {what: seconds_to_start(each, folder) for what, each in TRIALS}
         section("a trial, until it trains", starts)
-        rounds = [seconds_of_parts(folder) for _ in range(ROUNDS)]
-        section("a run of 2 epochs", {part: median(r[part] for r in rounds) for part in rounds[0]})
+        runs = [seconds_of_parts(folder) for _ in range(rounds)]
+        section("a run of 2 epochs", {part: median(run[part] for run in runs) for part in runs[0]})
     Console(width=100).print(table)
 
 

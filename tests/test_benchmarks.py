@@ -1,0 +1,47 @@
+"""The benchmarks run, which nobody would notice otherwise until the figures are wanted."""
+
+import re
+import sys
+from pathlib import Path
+
+from tests.launching import ENVIRONMENT, run
+
+PYTHON = [sys.executable, "-m"]
+
+
+def test_a_step_is_shown_beside_its_limit_and_drawn(tmp_path: Path) -> None:
+    few = ["--widths", "16", "--batches", "64", "128", "--plot", str(tmp_path / "step.svg")]
+
+    done = run(*few, folder=tmp_path, command=[*PYTHON, "tests.benchmarks.step"])
+
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"│ +16 │ +(\d+) │ +[\d.]+ │((?: +\d+% │)+) +[\d.]+ │", done.stdout)
+    assert [batch for batch, _ in rows] == ["64", "128"]
+    shares = [int(share) for _, cells in rows for share in re.findall(r"\d+", cells)]
+    assert len(shares) == 6
+    assert 0 < min(shares)
+    assert "<svg" in (tmp_path / "step.svg").read_text()
+
+
+def test_what_a_run_costs_beyond_training_is_split_by_part(tmp_path: Path, mnist_npz: Path) -> None:
+    environment = {**ENVIRONMENT, "MNIST_NPZ": str(mnist_npz)}
+
+    done = run(
+        *("--rounds", "1"),
+        folder=tmp_path,
+        command=[*PYTHON, "tests.benchmarks.overhead"],
+        environment=environment,
+    )
+
+    assert done.returncode == 0, done.stderr
+    seconds = {name: float(s) for name, s in re.findall(r"│ (\S.*?) +│ +(-?[\d.]+) │", done.stdout)}
+    assert len(seconds) == 18
+    assert min(seconds["train"], seconds["evaluate"], seconds["record the model"]) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_benchmark_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    done = run("stepp", folder=tmp_path, command=[*PYTHON, "tests.benchmarks"])
+
+    assert done.returncode == 2
+    assert "no such benchmark: stepp" in done.stderr
