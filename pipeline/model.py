@@ -25,8 +25,9 @@ _INITIALIZERS = {
     "tanh": "glorot_uniform",
     "sigmoid": "glorot_uniform",
 }
-# float32: weight, gradient, two moments of the optimizer, copy of the best epoch.
-_BYTES_A_PARAMETER = 5 * 4
+# float32; at most, as measured with RMSprop: weight, gradient and moment, those before a call and
+# while they are computed, the copy of the best epoch.
+_BYTES_A_PARAMETER = 10 * 4
 
 
 def build_mlp(config: ModelConfig, data: Data) -> keras.Model:
