@@ -25,9 +25,9 @@ _INITIALIZERS = {
     "tanh": "glorot_uniform",
     "sigmoid": "glorot_uniform",
 }
-# float32; at most, as measured with RMSprop: weight, gradient and moment, those before a call and
-# while they are computed, the copy of the best epoch.
-_BYTES_A_PARAMETER = 10 * 4
+# float32: weight, gradient and two moments; these before a call, lent to the program and while they
+# are computed; the copy of the best epoch. With one moment, ten were measured.
+_BYTES_A_PARAMETER = 13 * 4
 
 
 def build_mlp(config: ModelConfig, data: Data) -> keras.Model:

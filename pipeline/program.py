@@ -5,14 +5,17 @@ than a short training. But for the width of its hidden layers, its dropout rate 
 rate, most models of a sweep are alike: that is their outline. A program has a network of that
 outline, whose variables take arrays of any width, and serves one model after another: a call takes
 the model's values, does many steps of Keras' own `train_step` in one loop, and gives them back. So
-TensorFlow traces once an outline, and XLA compiles once a width.
+TensorFlow traces once an outline, and XLA compiles once a width. Other numbers, such as a momentum
+or a penalty, are constants of a program: a model with others has its own.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,28 +27,27 @@ from pipeline.dropout import HashedDropout
 
 LOSS = "sparse_categorical_crossentropy"  # categorical cross-entropy of one-hot labels
 _EVALUATED = 2_000  # images at once: bounds the memory of the activations
-_MOST = 16  # outlines that a process remembers
+_MOST = 8  # programs that a process remembers
+_SCHEDULE = ("initial_learning_rate", "decay_steps", "warmup_target", "warmup_steps")
 
 
 def accuracy() -> keras.metrics.Metric:
     return keras.metrics.SparseCategoricalAccuracy("accuracy")  # by name, traced twice
 
 
-def program_for(
-    model: keras.Sequential, optimizer: keras.Optimizer, *, batch_size: int, steps: int
-) -> Program:
+def program_for(model: keras.Sequential, *, batch_size: int, steps: int) -> Program:
     """The program of this process that trains such a model.
 
     Args:
-        model: Dense layers, the last one for the classes, and what else has no width of its own.
-        optimizer: Built for the variables of the model.
+        model: Compiled, its optimizer built: dense layers, the last one for the classes, and what
+            else has no width of its own.
         batch_size: Images a step.
         steps: Most steps a call.
     """
-    return _program(_outline(model, optimizer), batch_size, steps)
+    return _program(_outline(model), batch_size, steps)
 
 
-def _outline(model: keras.Sequential, optimizer: keras.Optimizer) -> str:
+def _outline(model: keras.Sequential) -> str:
     """What a program depends on."""
     *layers, last = [keras.layers.serialize(layer) for layer in model.layers]
     for layer in layers:
@@ -55,12 +57,22 @@ def _outline(model: keras.Sequential, optimizer: keras.Optimizer) -> str:
             layer["config"]["rate"] = None
     for layer in (*layers, last):
         layer["config"]["name"] = layer["build_config"] = None
-    how = keras.optimizers.serialize(optimizer)
-    how["config"]["name"] = None
-    if isinstance(how["config"]["learning_rate"], float):  # else a schedule, traced as it is
-        how["config"]["learning_rate"] = 0.0
+        if "kernel_initializer" in layer["config"]:
+            layer["config"]["kernel_initializer"] = "zeros"
+    optimizer = keras.optimizers.serialize(model.optimizer)
+    optimizer["config"]["name"] = None
+    if isinstance(optimizer["config"]["learning_rate"], float):
+        optimizer["config"]["learning_rate"] = 0.0
+    else:
+        settings = optimizer["config"]["learning_rate"]["config"]
+        settings |= dict.fromkeys(_schedule(settings), 1.0)
     (inputs,) = model.inputs
-    return json.dumps([inputs.shape[1:], inputs.dtype, [*layers, last], how])
+    return json.dumps([inputs.shape[1:], inputs.dtype, [*layers, last], optimizer])
+
+
+def _schedule(settings: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a cosine schedule; without a warm-up it has two."""
+    return {name: settings[name] for name in _SCHEDULE if settings[name] not in (None, 0)}
 
 
 class Program:
@@ -81,11 +93,19 @@ class Program:
             self.model = keras.Sequential(
                 [keras.Input(shape, dtype=dtype), *(_layer(each, width) for each in layers)]
             )
-            self.optimizer = keras.optimizers.deserialize(optimizer)
+            rate = optimizer["config"]["learning_rate"]
+            self.optimizer = keras.optimizers.deserialize(copy.deepcopy(optimizer))  # it changes it
+            self._rates: dict[str, tf.Variable] = {}
+            if isinstance(rate, dict):
+                schedule = keras.optimizers.schedules.deserialize(rate)
+                self._rates = {name: tf.Variable(1.0) for name in _schedule(rate["config"])}
+                vars(schedule).update(self._rates)
+                self.optimizer.learning_rate = schedule
             self.optimizer.build(self.model.trainable_variables)
         self.model.compile(self.optimizer, loss=LOSS, metrics=[accuracy()], jit_compile=False)
         self._dropouts = [layer for layer in self.model.layers if isinstance(layer, HashedDropout)]
         self._variables = [*self.model.variables, *self.optimizer.variables]
+        self._lending = threading.Lock()
         self._initial = [tf.identity(variable.value) for variable in self._variables]
 
         def traced(function: Callable[..., None], rows: int | None, *more: Any, **how: Any) -> Any:
@@ -99,24 +119,17 @@ class Program:
         self._evaluate = traced(self._evaluate_rows, None)
 
     def train(
-        self,
-        model: keras.Model,
-        optimizer: keras.Optimizer,
-        images: tf.Tensor,
-        labels: tf.Tensor,
-        *,
-        compiled: bool,
+        self, model: keras.Model, images: tf.Tensor, labels: tf.Tensor, *, compiled: bool
     ) -> None:
         """Trains on each image once, batch by batch.
 
         Args:
             model: Of the outline.
-            optimizer: Likewise.
             images: `[rows, height, width]`, of at most `steps` batches.
             labels: `[rows]`, int32.
             compiled: By XLA, but for a last batch that is not full.
         """
-        with self._lent_to(model, optimizer):
+        with self._lent_to(model):
             if not compiled:
                 self._train_any(images, labels)
                 return
@@ -129,11 +142,11 @@ class Program:
                 self._train_any(images[-rest:], labels[-rest:])
 
     def evaluate(
-        self, model: keras.Model, optimizer: keras.Optimizer, images: tf.Tensor, labels: tf.Tensor
+        self, model: keras.Model, images: tf.Tensor, labels: tf.Tensor
     ) -> dict[str, float]:
         """Loss and accuracy on each image once, without dropout."""
         self.reset_metrics()
-        with self._lent_to(model, optimizer):
+        with self._lent_to(model):
             self._evaluate(images, labels)
         return self.metrics
 
@@ -151,17 +164,30 @@ class Program:
             variable.value.assign(value)
 
     @contextmanager
-    def _lent_to(self, model: keras.Model, optimizer: keras.Optimizer) -> Iterator[None]:
-        """Inside, the program has the values of the model, which has those of the program then."""
-        rates = [layer.rate for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
-        for layer, rate in zip(self._dropouts, rates, strict=True):
-            layer.open_rate.assign(rate)
-        theirs = [*model.variables, *optimizer.variables]
-        for own, other in zip(self._variables, theirs, strict=True):
-            own.value.assign(other.value)
-        yield
-        for own, other in zip(self._variables, theirs, strict=True):
-            other.value.assign(own.value)
+    def _lent_to(self, model: keras.Model) -> Iterator[None]:
+        """Inside, the program has the values of the model, which has those of the program then.
+
+        Raises:
+            RuntimeError: Another thread trains by it.
+        """
+        if not self._lending.acquire(blocking=False):
+            raise RuntimeError("another thread of this process trains such a model.")
+        try:
+            dropouts = [each for each in model.layers if isinstance(each, keras.layers.Dropout)]
+            for layer, other in zip(self._dropouts, dropouts, strict=True):
+                layer.open_rate.assign(other.rate)
+            if self._rates:
+                rates = _schedule(model.optimizer.get_config()["learning_rate"]["config"])
+                for name, variable in self._rates.items():
+                    variable.assign(rates[name])
+            theirs = [*model.variables, *model.optimizer.variables]
+            for own, other in zip(self._variables, theirs, strict=True):
+                own.value.assign(other.value)
+            yield
+            for own, other in zip(self._variables, theirs, strict=True):
+                other.value.assign(own.value)
+        finally:
+            self._lending.release()
 
     # --- what is traced ------------------------------------------------------------------
 

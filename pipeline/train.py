@@ -122,14 +122,15 @@ def train(
     """Fits the model to the training split; the test split is not read.
 
     With equal seed, threads and versions the result is the same bit for bit. Ctrl-C and SIGTERM
-    stop it at the end of a compiled call, of at most 50 steps; a second one at once.
+    stop it at the end of a compiled call, of at most 50 steps or a validation; a second one at
+    once.
 
     With a checkpoint, a training whose process was killed goes on after its last whole epoch and
     ends bit for bit as if it had not been. A file that is damaged, or of another model, is
     ignored with a warning.
 
     Args:
-        model: Raw pixels to class probabilities; trained in place.
+        model: Raw pixels to class probabilities; trained in place. Never compiled before.
         optimizer: Fresh.
         data: Of it, `train` and `validation`.
         config: Length and speed.
@@ -141,12 +142,15 @@ def train(
             It belongs to these arguments alone; the caller deletes it.
 
     Raises:
+        ValueError: The model was compiled before: Keras would show the metrics of then.
         DivergedError: The loss or a weight is not finite; the metrics of an epoch with such a
             loss are not handed on.
         StopRun: The hook raised it.
         KeyboardInterrupt: Ctrl-C, at the end of a compiled call.
         OSError: The checkpoint cannot be written.
     """
+    if model.compiled:
+        raise ValueError("a model that was compiled before is not trained: build another one.")
     steps = steps_per_epoch(len(data.train), config)
     model.compile(optimizer)  # and no metrics: `fit` takes those of the program
     optimizer.build(model.trainable_variables)
@@ -156,9 +160,7 @@ def train(
     compiled = _pays_to_compile(model, steps * config.epochs)
     if config.compile != "auto":
         compiled = config.compile == "always"
-    program = program_for(
-        model, optimizer, batch_size=config.batch_size, steps=min(_STEPS_PER_CALL, steps)
-    )
+    program = program_for(model, batch_size=config.batch_size, steps=min(_STEPS_PER_CALL, steps))
     chunks = _Chunks(program, data, seed=seed, compiled=compiled)
     model.train_function = chunks.train_function
     try:
@@ -225,14 +227,14 @@ class _Chunks(keras.callbacks.Callback):  # type: ignore[misc]
         start = next(starts)
         rows = self.order[start : start + self.rows]
         chunk = [tf.gather(array, rows) for array in self.train]
-        self.program.train(self.model, self.model.optimizer, *chunk, compiled=self.compiled)
+        self.program.train(self.model, *chunk, compiled=self.compiled)
         return self.program.metrics
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Adds the metrics of the validation split, which the other callbacks find there."""
         if self.validation is None or logs is None:
             return
-        metrics = self.program.evaluate(self.model, self.model.optimizer, *self.validation)
+        metrics = self.program.evaluate(self.model, *self.validation)
         logs.update({f"val_{name}": value for name, value in metrics.items()})
 
 

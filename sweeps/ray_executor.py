@@ -5,6 +5,7 @@ is on one machine, the child of a Ray actor: so it is told to stop, dies and is 
 what it imports does not meet what Ray has imported.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -41,7 +42,7 @@ NAMESPACE = "digit-sweeps"  # of the names of our actors
 ANSWER = 10.0  # seconds to wait for the head of a cluster
 UNSAID = 30.0  # seconds that workers may wait for room without a word
 LOOK = 5.0  # seconds between two looks at the cluster
-GONE = 30.0  # seconds without an answer; after 60 Ray itself would end this process without a word
+GONE = 45.0  # seconds without an answer; after 60 Ray itself would end this process without a word
 
 # What a store on a server has in its address. (A database has no place for the files of runs.)
 SERVERS = {"study.storage": ("postgresql",), "tracking.uri": ("http", "https")}
@@ -86,18 +87,17 @@ class RayExecutor(Executor):
         self._is_ours, self._is_over = not ray.is_initialized(), False
         self._notice = threading.Timer(UNSAID, self._tell_of_waiting)
         self._notice.daemon = True
-        self._lost: Future[None] = Future()
         if self._is_ours:
             _connect(config.address)
+        self._watch = _Watch()
         try:
-            self._watch = _Watch(self._lost)
             nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
             _check_reach([node["NodeManagerHostname"] for node in nodes], addresses)
             asked = config.asked(threads)
             workers = config.workers or _room(nodes, asked)
             title = f"{name}-{_digest(addresses)}"
             _kill_left(title)
-            start = partial(_Remote, warm_up, title, asked, self._lost)
+            start = partial(_Remote, warm_up, title, asked, self._watch)
             super().__init__(min(workers, most), start)
             self._notice.start()
             self._watch.start()
@@ -115,7 +115,7 @@ class RayExecutor(Executor):
         waiting: list[Any] = []
         with suppress(Exception):  # the cluster is gone, which others say
             _, waiting = ray.wait(workers, num_returns=len(workers), timeout=0)
-        if waiting and not (self._stopped or self._lost.done()):
+        if waiting and not (self._stopped or self._watch.lost.done()):
             log.warning(
                 "%d of %d workers have not started yet: they wait for room, or for nodes; "
                 "`ray status` shows both.",
@@ -125,10 +125,11 @@ class RayExecutor(Executor):
 
     def _disconnect(self) -> None:
         self._is_over = True
+        self._watch.over.set()
         self._notice.cancel()
         if self._notice.is_alive():
             self._notice.join(ANSWER)  # or it would connect anew
-        if self._is_ours and not self._lost.done():  # or Ray would end this process
+        if self._is_ours and not self._watch.lost.done():  # or Ray would end this process
             ray.shutdown()
 
 
@@ -137,32 +138,54 @@ class _Watch(threading.Thread):
 
     Ray does not tell: without them its calls wait, or end this process.
 
-    Args:
+    Attributes:
         lost: Fails when one does not answer any more.
+        over: Set to end it.
     """
 
-    def __init__(self, lost: Future[None]) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self._lost, self._places = lost, list[tuple[str, int]]()
+        self.lost: Future[None] = Future()
+        self.over = threading.Event()
+        places = []
         if not ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
             context = ray.get_runtime_context()
             head, _, port = context.gcs_address.rpartition(":")
-            self._places.append((head.strip("[]"), int(port)))
+            places.append((head.strip("[]"), int(port)))
             for node in ray.nodes():  # type: ignore[no-untyped-call]
                 if node["NodeID"] == context.get_node_id():
-                    self._places.append((node["NodeManagerAddress"], node["NodeManagerPort"]))
+                    places.append((node["NodeManagerAddress"], node["NodeManagerPort"]))
+        self._places = [place for place in places if _answers(place)]  # else it cannot be seen
 
     def run(self) -> None:
         answered = dict.fromkeys(self._places, time.monotonic())
-        while self._places and ray.is_initialized():
-            for place in self._places:
-                with suppress(OSError), socket.create_connection(place, timeout=LOOK):
-                    answered[place] = time.monotonic()
+        while self._places and not self.over.wait(LOOK):
+            for place in filter(_answers, self._places):
+                answered[place] = time.monotonic()
             if time.monotonic() - min(answered.values()) > GONE:
                 text = "Ray's head, or its node on this machine, is gone: start Ray again."
-                self._lost.set_exception(ClusterLostError(text))
+                self.lost.set_exception(ClusterLostError(text))
                 return
-            time.sleep(LOOK)
+
+    def wait_for_answers(self) -> None:
+        """Returns at once, but where Ray would not answer now.
+
+        Raises:
+            ClusterLostError: It does not any more.
+        """
+        while not self.lost.done() and not all(map(_answers, self._places)):
+            wait([self.lost], timeout=1)
+        if self.lost.done():
+            self.lost.result()
+
+
+def _answers(place: tuple[str, int]) -> bool:
+    """Whether somebody takes a connection; or this process has no room for one."""
+    try:
+        socket.create_connection(place, timeout=LOOK).close()
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return True
 
 
 def _connect(address: str | None) -> None:
@@ -331,7 +354,7 @@ class _Remote:
         warm_up: Called in it before its first job.
         title: Of the sweep or promotion, this one's alone.
         asked: Amount of each of Ray's resources.
-        lost: Fails when the cluster is lost; then Ray is not to be asked.
+        watch: Knows when the cluster is lost; then Ray is not to be asked.
 
     Attributes:
         placed: Is there once it has started on a node, or never will.
@@ -342,9 +365,10 @@ class _Remote:
         warm_up: Callable[[], None],
         title: str,
         asked: Mapping[str, float],
-        lost: Future[None],
+        watch: _Watch,
     ) -> None:
-        self._lost = lost
+        watch.wait_for_answers()
+        self._watch = watch
         environment = {key: os.environ[key] for key in os.environ if key.startswith(_CREDENTIALS)}
         actor: Any = ray.remote(_Host)
         self._actor = actor.options(
@@ -360,9 +384,10 @@ class _Remote:
 
     def when_placed(self, tell: Callable[[], None]) -> None:
         self.placed.future().add_done_callback(lambda _: tell())
-        self._lost.add_done_callback(lambda _: tell())  # and its next job fails
+        self._watch.lost.add_done_callback(lambda _: tell())  # and its next job fails
 
     def exchange(self, request: bytes) -> bytes:
+        self._watch.wait_for_answers()
         self._job = self._actor.exchange.remote(request)
         try:
             reply = self._reply_to(self._job)
@@ -370,6 +395,7 @@ class _Remote:
             self._kill()
             raise WorkerDiedError("worker ended by Ray: its node had no memory left.") from error
         except LOST as error:
+            self._watch.wait_for_answers()
             self._kill()  # a node that is cut off may still be at work
             kind = type(error).__name__
             raise WorkerLostError(
@@ -389,13 +415,14 @@ class _Remote:
             ClusterLostError: Nobody is there any more who could tell.
         """
         reply = call.future()
-        wait([reply, self._lost], return_when=FIRST_COMPLETED)
-        if self._lost.done():
-            self._lost.result()
+        wait([reply, self._watch.lost], return_when=FIRST_COMPLETED)
+        if self._watch.lost.done():
+            self._watch.lost.result()
         return reply.result()
 
     @property
     def is_alive(self) -> bool:
+        self._watch.wait_for_answers()
         try:
             return bool(self._reply_to(self._actor.is_alive.remote()))
         except LOST as error:
@@ -406,7 +433,7 @@ class _Remote:
             return False
 
     def interrupt(self) -> None:
-        if self._lost.done():
+        if self._watch.lost.done():
             return
         with suppress(*LOST):
             if ray.wait([self.placed], timeout=0)[0]:
@@ -415,13 +442,13 @@ class _Remote:
                 self._kill()  # it is not to begin
 
     def end(self, deadline: float) -> None:
-        if (job := self._job) and not self._lost.done():
+        if (job := self._job) and not self._watch.lost.done():
             with suppress(*LOST):
                 ray.wait([job], timeout=max(0.0, deadline - time.monotonic()))
         self._kill()
 
     def _kill(self) -> None:
-        if self._lost.done():
+        if self._watch.lost.done():
             return
         with suppress(*LOST, ValueError):
             ray.kill(self._actor)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def network(
     config, data = compose(*options), data or digits()
     length = replace(config.training, **{"epochs": 2, "compile": "never", **training})
     shape = replace(config.model, **{"hidden_units": 16, "hidden_layers": 1, **(model or {})})
-    keras.utils.set_random_seed(0)
+    random.seed(0)  # as `initialize` does
     return Network(
         model=build_mlp(shape, data),
         optimizer=build_optimizer(
@@ -176,27 +177,20 @@ def batches_in_order(net: Network, seed: int) -> Iterator[tuple[Any, Any]]:
             yield split.images[rows], split.labels[rows]
 
 
-@pytest.mark.parametrize(
-    ("option", "batch_size", "optimizer"),
-    [
-        ("optimizer=rmsprop", 16, {}),
-        ("optimizer=adam", 128, {"schedule": "cosine", "warmup_epochs": 0.5, "weight_decay": 0.01}),
-        ("optimizer=sgd", 5_000, {}),
-    ],
-)
-def test_a_training_is_keras_fit_bit_for_bit(
-    option: str, batch_size: int, optimizer: dict[str, Any]
-) -> None:
-    settings: dict[str, Any] = {
-        "model": {"dropout_rate": 0.0},
-        "optimizer": optimizer,
-        "batch_size": batch_size,
-    }
-    ours, plain = network(option, **settings), network(option, **settings)
+PARTS = {"batch_normalization": True, "l2": 1e-3, "max_norm": 1.0, "hidden_layers": 2}
+COSINE = {"schedule": "cosine", "momentum": 0.5}
+WARM = {"schedule": "cosine", "warmup_epochs": 0.5, "weight_decay": 0.01}
+
+
+def train_twice(
+    option: str, *, batch_size: int, **settings: Any
+) -> tuple[Network, History, Network, Any]:
+    """A network as `train` does, and as plain `fit` does with the same batches."""
+    settings["model"] = {"dropout_rate": 0.0, **settings["model"]}
+    ours, plain = (network(option, batch_size=batch_size, **settings) for _ in range(2))
     plain.model.compile(
         plain.optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"]
     )
-
     history = ours.train(seed=3)
     of_fit = plain.model.fit(
         batches_in_order(plain, seed=3),
@@ -205,10 +199,43 @@ def test_a_training_is_keras_fit_bit_for_bit(
         shuffle=False,
         verbose=0,
     )
+    return ours, history, plain, of_fit
+
+
+@pytest.mark.parametrize(
+    ("option", "batch_size", "model"),
+    [
+        ("optimizer=rmsprop", 16, {}),
+        ("optimizer=adam", 128, {}),
+        ("optimizer=sgd", 5_000, {}),
+        ("optimizer=adam", 50, PARTS),
+        ("optimizer=sgd", 50, {"activation": "tanh", "hidden_layers": 3}),
+    ],
+)
+def test_a_training_is_keras_fit_bit_for_bit(
+    option: str, batch_size: int, model: dict[str, Any]
+) -> None:
+    ours, history, plain, of_fit = train_twice(option, batch_size=batch_size, model=model)
 
     assert_equal_weights(ours.model, plain.model)
     for name, values in of_fit.history.items():
         assert values == [metrics[name] for metrics in history.epochs]
+
+
+@pytest.mark.parametrize(
+    ("option", "optimizer"),
+    [("optimizer=adam", WARM), ("optimizer=rmsprop", COSINE), ("optimizer=sgd", COSINE)],
+)
+def test_a_schedule_is_that_of_keras_but_for_the_rounding_of_its_rates(
+    option: str, optimizer: dict[str, Any]
+) -> None:
+    ours, history, plain, of_fit = train_twice(
+        option, batch_size=100, model={}, optimizer=optimizer
+    )
+
+    assert_equal_weights(ours.model, plain.model, atol=1e-6)
+    for name, values in of_fit.history.items():
+        assert values == pytest.approx([metrics[name] for metrics in history.epochs], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -472,6 +499,14 @@ def test_a_trained_model_is_a_plain_keras_model(tmp_path: Path) -> None:
         loaded.predict(images, verbose=0), net.model.predict(images, verbose=0)
     )
     assert net.model.train_function is None
+
+
+def test_a_model_that_was_compiled_before_is_refused() -> None:
+    net = network(data=first(50))
+    net.train()
+
+    with pytest.raises(ValueError, match="compiled before"):
+        net.train()
 
 
 def test_a_trained_model_can_go_on_with_plain_fit() -> None:

@@ -135,7 +135,7 @@ import sys, time
 from pathlib import Path
 import sweeps.ray_executor
 from tests.sweeps.test_ray_executor import note_and_sleep, open_on, process
-sweeps.ray_executor.GONE = sweeps.ray_executor.LOOK = 2.0
+sweeps.ray_executor.GONE, sweeps.ray_executor.LOOK = float(sys.argv[3]), 1.0
 executor = open_on(sys.argv[1], workers=2)
 futures = [executor.submit(note_and_sleep, Path(sys.argv[2]))]
 futures += [executor.submit(process) for _ in range(3)]
@@ -146,25 +146,35 @@ print("stopped")
 """
 
 
-@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
-def test_jobs_fail_and_nothing_waits_when_the_cluster_is_lost(tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize(
+    ("parts", "gone"),
+    [(["raylet"], 3), (["gcs_server"], 3), (["gcs_server", "raylet"], 12)],
+    ids=str,
+)
+def test_jobs_fail_and_nothing_waits_when_the_cluster_is_lost(
+    tmp_path: Path, parts: list[str], gone: float
+) -> None:
     with ray_nodes(1) as nodes:
         launcher = subprocess.Popen(
-            [sys.executable, "-c", GONE, nodes.address, str(tmp_path)],
+            [sys.executable, "-c", GONE, nodes.address, str(tmp_path), str(gone)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         end = time.monotonic() + LIMIT
         while not list(tmp_path.iterdir()) and time.monotonic() < end:
             time.sleep(0.05)
 
-        getattr(nodes.cluster.head_node, f"kill_{part}")(check_alive=False)
-        printed, _ = launcher.communicate(timeout=LIMIT)
+        for part in parts:
+            getattr(nodes.cluster.head_node, f"kill_{part}")(check_alive=False)
+        if len(parts) > 1:  # and all that trains
+            nodes.lose(0)
+        printed, said = launcher.communicate(timeout=LIMIT)
 
     lost = 'ClusterLostError("Ray\'s head, or its node on this machine, is gone: start Ray again.")'
     *ends, last = printed.splitlines()
-    assert last == "stopped"
+    assert (launcher.returncode, last) == (0, "stopped"), said
     assert set(ends[1:]) == {lost}
     assert lost == ends[0] or "WorkerLostError" in ends[0]  # its node may have gone before
 
