@@ -42,9 +42,16 @@ OTHER: dict[str, Any] = {
 # --- one program of many models ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("compile_", ["always", "never"])
-@pytest.mark.parametrize("option", ["optimizer=rmsprop", "optimizer=adam", "optimizer=sgd"])
-@pytest.mark.parametrize("model", [{}, EVERYTHING])
+@pytest.mark.parametrize(
+    ("compile_", "option", "model"),
+    [
+        ("always", "optimizer=rmsprop", {}),
+        ("always", "optimizer=adam", EVERYTHING),
+        ("never", "optimizer=rmsprop", EVERYTHING),
+        ("never", "optimizer=adam", {}),
+        ("never", "optimizer=sgd", {}),
+    ],
+)
 def test_a_model_is_trained_bit_for_bit_as_if_no_other_had_been_before(
     compile_: str, option: str, model: dict[str, Any]
 ) -> None:
@@ -137,9 +144,10 @@ def test_the_numbers_of_a_schedule_are_not_traced_anew(
     assert_equal_weights(ours.model, alone.model)
 
 
-@pytest.mark.parametrize("compile_", ["always", "never"])
-@pytest.mark.parametrize("side", [2, 3])
-@pytest.mark.parametrize("units", [1, 2, 3, 4, 9, 64])
+@pytest.mark.parametrize(
+    ("units", "side", "compile_"),
+    [(1, 3, "never"), (2, 2, "never"), (3, 2, "never"), (4, 2, "never"), (9, 3, "always")],
+)
 def test_a_width_may_equal_any_other_size(units: int, side: int, compile_: str) -> None:
     def build(units: int) -> Network:
         model = {"hidden_units": units, "hidden_layers": 2, "batch_normalization": True}
