@@ -1,4 +1,4 @@
-"""Optuna's TPE, whose time does not grow with a study of one objective."""
+"""Optuna's TPE, whose time hardly grows with a study of one objective without conditions."""
 
 import copy
 import heapq
