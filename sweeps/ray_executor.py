@@ -87,10 +87,11 @@ class RayExecutor(Executor):
         self._is_ours, self._is_over = not ray.is_initialized(), False
         self._notice = threading.Timer(UNSAID, self._tell_of_waiting)
         self._notice.daemon = True
+        self._watch = _Watch()
         if self._is_ours:
             _connect(config.address)
-        self._watch = _Watch()
         try:
+            self._watch.find_places()
             nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
             _check_reach([node["NodeManagerHostname"] for node in nodes], addresses)
             asked = config.asked(threads)
@@ -147,6 +148,10 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True)
         self.lost: Future[None] = Future()
         self.over = threading.Event()
+        self._places: list[tuple[str, int]] = []
+
+    def find_places(self) -> None:
+        """Of the cluster that this process is connected to."""
         places = []
         if not ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
             context = ray.get_runtime_context()
