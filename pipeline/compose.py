@@ -32,7 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from pipeline.config import OPTIMIZERS, RunConfig, check_choice, without_password
+from pipeline.config import LATER, OPTIMIZERS, RunConfig, check_choice, without_password
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def from_settings(settings: Mapping[str, Any]) -> RunConfig:
     if "${" in str(settings):  # of the environment, say: a record has values alone
         raise ValueError("it has an interpolation (${...}), which no run records.")
     try:
-        return to_config(OmegaConf.create(dict(settings)))
+        return to_config(cast(DictConfig, OmegaConf.merge(LATER, dict(settings))))
     except ValueError as error:
         raise ValueError(str(error).partition(": set ")[0]) from error
 

@@ -19,6 +19,20 @@ INITIALIZERS = (
 LOADERS = ("arrays", "digits")
 SCHEDULES = ("constant", "cosine")
 COMPILE = ("auto", "always", "never")
+_BELOW_1 = math.nextafter(1, 0)
+# Keys that a run recorded by an earlier version may lack, with what such a run did.
+LATER: dict[str, dict[str, float]] = {
+    "model": {"input_dropout_rate": 0.0},
+    "training": {"label_smoothing": 0.0, "ema_momentum": 0.0},
+    "augmentation": {
+        "rotation": 0.0,
+        "shift": 0.0,
+        "scale": 0.0,
+        "shear": 0.0,
+        "elastic": 0.0,
+        "elastic_sigma": 0.14,
+    },
+}
 # Addresses that MLflow can record runs at: a server, or a database; a file of its own.
 STORES = r"https?://[^/]+.*|sqlite:///.*[^/.]|(postgresql|mysql|mssql)(\+\w+)?://.+"
 ALIASES = ("champion", "challenger")
@@ -142,6 +156,7 @@ class ModelConfig:
         hidden_units: Width of each hidden layer, at least 1.
         hidden_layers: Number of hidden layers, at most 100; 0 is multinomial logistic regression.
         dropout_rate: Fraction of hidden activations zeroed while training, in [0, 1).
+        input_dropout_rate: Likewise, of the pixels.
         activation: Of each hidden layer.
         initializer: Of the hidden weights; `auto` suits the activation.
         batch_normalization: Between each hidden layer's product and its activation.
@@ -152,6 +167,7 @@ class ModelConfig:
     hidden_units: int
     hidden_layers: int
     dropout_rate: float
+    input_dropout_rate: float
     activation: str
     initializer: str
     batch_normalization: bool
@@ -163,7 +179,9 @@ class ModelConfig:
         check(
             0 <= self.hidden_layers <= 100, "model.hidden_layers", "in [0, 100]", self.hidden_layers
         )
-        check(0 <= self.dropout_rate < 1, "model.dropout_rate", "in [0, 1)", self.dropout_rate)
+        for name in ("dropout_rate", "input_dropout_rate"):
+            rate = getattr(self, name)
+            check(0 <= rate < 1, f"model.{name}", "in [0, 1)", rate)
         check_choice("model.activation", self.activation, ACTIVATIONS)
         check_choice("model.initializer", self.initializer, INITIALIZERS)
         check_at_least("model.l2", self.l2, 0)
@@ -269,6 +287,9 @@ class TrainingConfig:
             stops; null trains all epochs.
         restore_best_weights: Whether the model ends with the weights of the epoch with the best
             `val_accuracy`, where there is validation, or with the last.
+        label_smoothing: Part of each label that is spread evenly over all classes, in [0, 1).
+        ema_momentum: Part of the average of the weights that a step leaves, in [0, 1). The average
+            is validated and saved in place of the weights; 0 is none.
         compile: XLA: `always`, `never`, or `auto` where it repays its compilation.
         threads: Processor threads of TensorFlow. Results are repeatable for equal counts.
     """
@@ -277,6 +298,8 @@ class TrainingConfig:
     batch_size: int
     early_stopping_patience: int | None
     restore_best_weights: bool
+    label_smoothing: float
+    ema_momentum: float
     compile: str
     threads: int
 
@@ -285,8 +308,53 @@ class TrainingConfig:
         check_at_least("training.batch_size", self.batch_size, 1)
         if self.early_stopping_patience is not None:
             check_at_least("training.early_stopping_patience", self.early_stopping_patience, 1)
+        for name in ("label_smoothing", "ema_momentum"):
+            part = getattr(self, name)
+            check(0 <= part < 1, f"training.{name}", "in [0, 1)", part)
         check_choice("training.compile", self.compile, COMPILE)
         check(1 <= self.threads <= 1024, "training.threads", "in [1, 1024]", self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """How the training images are distorted, anew each epoch. Defaults: `conf/augmentation/`.
+
+    Each is the largest of a uniform draw to both sides, but for the elastic field; 0 is none.
+
+    Attributes:
+        rotation: Degrees, at most 180.
+        shift: Of either axis, as a fraction of its side, at most 1.
+        scale: Change of the size of either axis, as a fraction of it, below 1.
+        shear: Degrees, below 90.
+        elastic: Root mean square of the shift of a pixel in a smooth random field, along either
+            axis, as a fraction of its side, at most 1.
+        elastic_sigma: Standard deviation of the Gaussian that smooths that field, as a fraction of
+            the side, positive and at most 1.
+    """
+
+    rotation: float
+    shift: float
+    scale: float
+    shear: float
+    elastic: float
+    elastic_sigma: float
+
+    def __post_init__(self) -> None:
+        for name, low, high, rule in (
+            ("rotation", 0, 180, "in [0, 180]"),
+            ("shift", 0, 1, "in [0, 1]"),
+            ("scale", 0, _BELOW_1, "in [0, 1)"),
+            ("shear", 0, math.nextafter(90, 0), "in [0, 90)"),
+            ("elastic", 0, 1, "in [0, 1]"),
+            ("elastic_sigma", math.ulp(0), 1, "positive and at most 1"),
+        ):
+            value = getattr(self, name)
+            check(low <= value <= high, f"augmentation.{name}", rule, value)
+
+    @property
+    def distorts(self) -> bool:
+        """Whether it changes an image at all."""
+        return any((self.rotation, self.shift, self.scale, self.shear, self.elastic))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +394,7 @@ class RunConfig:
     """One run, whole. Defaults: `conf/run.yaml`.
 
     Attributes:
-        seed: Of the initial weights, the shuffling and the dropout.
+        seed: Of the initial weights, the shuffling, the dropout and the distortions.
         evaluate_test: Whether this run looks at the test split, once, at its end.
     """
 
@@ -334,6 +402,7 @@ class RunConfig:
     model: ModelConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
+    augmentation: AugmentationConfig
     tracking: TrackingConfig
     seed: int
     evaluate_test: bool

@@ -8,6 +8,8 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.augmentation import Distortion
+from pipeline.config import AugmentationConfig
 from pipeline.data import Array, Split
 from pipeline.evaluate import Evaluation
 from pipeline.train import Metrics
@@ -25,6 +27,19 @@ def digit_grid(split: Split, class_names: list[str], *, rows: int = 5) -> Figure
     count = min(len(split), rows * _COLUMNS)
     titles = [class_names[label] for label in split.labels[:count]]
     return _grid(split.images[:count], titles, "Training images and their labels")
+
+
+def distorted_grid(
+    split: Split, class_names: list[str], config: AugmentationConfig, *, rows: int = 4
+) -> Figure:
+    """The first images of the split, each above others that training makes of it."""
+    count = min(len(split), _COLUMNS)
+    distort = Distortion(config, split.images.shape[1:])
+    chosen = split.images[:count]
+    versions = [chosen, *(distort(chosen, (row,)) for row in range(rows))]
+    titles = [class_names[label] for label in split.labels[:count]]
+    heading = "Training images, and what augmentation makes of them"
+    return _grid(np.concatenate(versions), titles * len(versions), heading)
 
 
 def confident_mistakes(evaluation: Evaluation, class_names: list[str], *, rows: int = 3) -> Figure:

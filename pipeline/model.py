@@ -1,6 +1,7 @@
 """The multilayer perceptron and its optimizer."""
 
 from pathlib import Path
+from typing import Any
 
 import keras
 import psutil
@@ -26,8 +27,9 @@ _INITIALIZERS = {
     "sigmoid": "glorot_uniform",
 }
 # float32: weight, gradient and two moments; these before a call, lent to the program and while they
-# are computed; the copy of the best epoch. With one moment, ten were measured.
-_BYTES_A_PARAMETER = 13 * 4
+# are computed; the copy of the best epoch; an average of the weights, and lent. With one moment and
+# no average, ten were measured.
+_BYTES_A_PARAMETER = 15 * 4
 
 
 def build_mlp(config: ModelConfig, data: Data) -> keras.Model:
@@ -47,6 +49,8 @@ def build_mlp(config: ModelConfig, data: Data) -> keras.Model:
         keras.layers.Rescaling(1.0 / data.pixel_max),
         keras.layers.Flatten(),
     ]
+    if config.input_dropout_rate:
+        layers.append(keras.layers.Dropout(config.input_dropout_rate))
     for _ in range(config.hidden_layers):
         layers += _hidden_layer(config)
     layers.append(_dense(config, num_classes, "glorot_uniform", activation="softmax"))
@@ -81,9 +85,16 @@ def _dense(config: ModelConfig, units: int, initializer: str, **settings: object
 
 
 def build_optimizer(
-    config: OptimizerConfig, *, steps_per_epoch: int, epochs: int
+    config: OptimizerConfig, *, steps_per_epoch: int, epochs: int, ema_momentum: float = 0.0
 ) -> keras.Optimizer:
-    """Builds the optimizer; a schedule ends with the last step of the last epoch."""
+    """Builds the optimizer; a schedule ends with the last step of the last epoch.
+
+    Args:
+        config: Of the optimizer.
+        steps_per_epoch: Of the training.
+        epochs: Likewise.
+        ema_momentum: Of the average of the weights; 0: none.
+    """
     rate: float | keras.optimizers.schedules.LearningRateSchedule = config.learning_rate
     if config.schedule == "cosine":
         steps = steps_per_epoch * epochs
@@ -94,19 +105,17 @@ def build_optimizer(
             warmup_target=config.learning_rate if warmup_steps else None,
             warmup_steps=warmup_steps,
         )
-    decay = config.weight_decay or None
+    common: dict[str, Any] = {"learning_rate": rate, "weight_decay": config.weight_decay or None}
+    if ema_momentum:
+        common |= {"use_ema": True, "ema_momentum": ema_momentum}
     match config:
         case RMSpropConfig():
-            return keras.optimizers.RMSprop(
-                rate, rho=config.rho, momentum=config.momentum, weight_decay=decay
-            )
+            return keras.optimizers.RMSprop(rho=config.rho, momentum=config.momentum, **common)
         case AdamConfig():
-            return keras.optimizers.Adam(
-                rate, beta_1=config.beta_1, beta_2=config.beta_2, weight_decay=decay
-            )
+            return keras.optimizers.Adam(beta_1=config.beta_1, beta_2=config.beta_2, **common)
         case SGDConfig():
             return keras.optimizers.SGD(
-                rate, momentum=config.momentum, nesterov=config.nesterov, weight_decay=decay
+                momentum=config.momentum, nesterov=config.nesterov, **common
             )
     raise TypeError(f"no optimizer for {type(config).__name__}")
 

@@ -16,7 +16,7 @@ import functools
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,9 @@ def accuracy() -> keras.metrics.Metric:
     return keras.metrics.SparseCategoricalAccuracy("accuracy")  # by name, traced twice
 
 
-def program_for(model: keras.Sequential, *, batch_size: int, steps: int) -> Program:
+def program_for(
+    model: keras.Sequential, *, batch_size: int, steps: int, smooths: bool = False
+) -> Program:
     """The program of this process that trains such a model.
 
     Args:
@@ -43,8 +45,14 @@ def program_for(model: keras.Sequential, *, batch_size: int, steps: int) -> Prog
             else has no width of its own.
         batch_size: Images a step.
         steps: Most steps a call.
+        smooths: Whether labels are smoothed.
     """
-    return _program(_outline(model), batch_size, steps)
+    return _program(_outline(model), batch_size, steps, smooths)
+
+
+def averages(optimizer: keras.Optimizer) -> list[keras.Variable]:
+    """Variables of the average of the weights, in the order of those; without one, none."""
+    return [each for each in optimizer.variables if each.name.endswith("_average")]
 
 
 def _outline(model: keras.Sequential) -> str:
@@ -60,7 +68,7 @@ def _outline(model: keras.Sequential) -> str:
         if "kernel_initializer" in layer["config"]:
             layer["config"]["kernel_initializer"] = "zeros"
     optimizer = keras.optimizers.serialize(model.optimizer)
-    optimizer["config"]["name"] = None
+    optimizer["config"]["name"] = optimizer["config"]["ema_momentum"] = None
     if isinstance(optimizer["config"]["learning_rate"], float):
         optimizer["config"]["learning_rate"] = 0.0
     else:
@@ -82,9 +90,13 @@ class Program:
         outline: Of a model and its optimizer.
         batch_size: Images a step.
         steps: Most steps a call.
+        smooths: Whether labels are smoothed.
+
+    Where the optimizer averages the weights, a model has the average, which is what callbacks
+    validate and save, and its optimizer the weights that are trained: a program trains these.
     """
 
-    def __init__(self, outline: str, batch_size: int, steps: int) -> None:
+    def __init__(self, outline: str, batch_size: int, steps: int, smooths: bool) -> None:
         self.batch_size, self.steps = batch_size, steps
         shape, dtype, layers, optimizer = json.loads(outline)
         fixed = {2, *shape, tf.TensorShape(shape).num_elements(), layers[-1]["config"]["units"]}
@@ -94,7 +106,9 @@ class Program:
                 [keras.Input(shape, dtype=dtype), *(_layer(each, width) for each in layers)]
             )
             rate = optimizer["config"]["learning_rate"]
+            optimizer["config"]["ema_momentum"] = 0.0
             self.optimizer = keras.optimizers.deserialize(copy.deepcopy(optimizer))  # it changes it
+            self.optimizer.ema_momentum = self._ema_momentum = tf.Variable(0.0)
             self._rates: dict[str, tf.Variable] = {}
             if isinstance(rate, dict):
                 schedule = keras.optimizers.schedules.deserialize(rate)
@@ -102,9 +116,12 @@ class Program:
                 vars(schedule).update(self._rates)
                 self.optimizer.learning_rate = schedule
             self.optimizer.build(self.model.trainable_variables)
-        self.model.compile(self.optimizer, loss=LOSS, metrics=[accuracy()], jit_compile=False)
+        self._smoothing = tf.Variable(0.0)
+        loss = self._smooth_loss if smooths else LOSS
+        self.model.compile(self.optimizer, loss=loss, metrics=[accuracy()], jit_compile=False)
         self._dropouts = [layer for layer in self.model.layers if isinstance(layer, HashedDropout)]
         self._variables = [*self.model.variables, *self.optimizer.variables]
+        self._swapped = self._swap_averages()
         self._lending = threading.Lock()
         self._initial = [tf.identity(variable.value) for variable in self._variables]
 
@@ -119,7 +136,13 @@ class Program:
         self._evaluate = traced(self._evaluate_rows, None)
 
     def train(
-        self, model: keras.Model, images: tf.Tensor, labels: tf.Tensor, *, compiled: bool
+        self,
+        model: keras.Model,
+        images: tf.Tensor,
+        labels: tf.Tensor,
+        *,
+        compiled: bool,
+        smoothing: float = 0.0,
     ) -> None:
         """Trains on each image once, batch by batch.
 
@@ -128,8 +151,9 @@ class Program:
             images: `[rows, height, width]`, of at most `steps` batches.
             labels: `[rows]`, int32.
             compiled: By XLA, but for a last batch that is not full.
+            smoothing: Part of each label that is spread over all classes.
         """
-        with self._lent_to(model):
+        with self._lent_to(model, self._swapped, smoothing):
             if not compiled:
                 self._train_any(images, labels)
                 return
@@ -142,11 +166,11 @@ class Program:
                 self._train_any(images[-rest:], labels[-rest:])
 
     def evaluate(
-        self, model: keras.Model, images: tf.Tensor, labels: tf.Tensor
+        self, model: keras.Model, images: tf.Tensor, labels: tf.Tensor, *, smoothing: float = 0.0
     ) -> dict[str, float]:
         """Loss and accuracy on each image once, without dropout."""
         self.reset_metrics()
-        with self._lent_to(model):
+        with self._lent_to(model, self._variables, smoothing):
             self._evaluate(images, labels)
         return self.metrics
 
@@ -163,9 +187,22 @@ class Program:
         for variable, value in zip(self._variables, self._initial, strict=True):
             variable.value.assign(value)
 
+    def _swap_averages(self) -> list[keras.Variable]:
+        """The variables, weights and averages in the place of one another."""
+        pairs = zip(averages(self.optimizer), self.model.trainable_variables, strict=False)
+        swap = {id(a): b for pair in pairs for a, b in (pair, pair[::-1])}
+        return [swap.get(id(variable), variable) for variable in self._variables]
+
     @contextmanager
-    def _lent_to(self, model: keras.Model) -> Iterator[None]:
+    def _lent_to(
+        self, model: keras.Model, variables: Sequence[keras.Variable], smoothing: float
+    ) -> Iterator[None]:
         """Inside, the program has the values of the model, which has those of the program then.
+
+        Args:
+            model: Of the outline.
+            variables: Of the program, in the order of those of the model and its optimizer.
+            smoothing: Of the labels.
 
         Raises:
             RuntimeError: Another thread trains by it.
@@ -180,16 +217,26 @@ class Program:
                 rates = _schedule(model.optimizer.get_config()["learning_rate"]["config"])
                 for name, variable in self._rates.items():
                     variable.assign(rates[name])
+            self._smoothing.assign(smoothing)
+            self._ema_momentum.assign(model.optimizer.ema_momentum)
             theirs = [*model.variables, *model.optimizer.variables]
-            for own, other in zip(self._variables, theirs, strict=True):
+            for own, other in zip(variables, theirs, strict=True):
                 own.value.assign(other.value)
             yield
-            for own, other in zip(self._variables, theirs, strict=True):
+            for own, other in zip(variables, theirs, strict=True):
                 other.value.assign(own.value)
         finally:
             self._lending.release()
 
     # --- what is traced ------------------------------------------------------------------
+
+    def _smooth_loss(self, labels: tf.Tensor, probabilities: tf.Tensor) -> tf.Tensor:
+        """As `keras.losses.CategoricalCrossentropy`, of an amount that may change."""
+        classes = probabilities.shape[-1]
+        labels = tf.reshape(tf.cast(labels, tf.int32), [-1])  # they come as the probabilities are
+        targets = tf.one_hot(labels, classes, dtype=probabilities.dtype)
+        targets = targets * (1.0 - self._smoothing) + self._smoothing / classes
+        return keras.losses.categorical_crossentropy(targets, probabilities)
 
     def _any_rows(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         size = self.batch_size

@@ -100,6 +100,7 @@ def execute_run(
             config.optimizer,
             steps_per_epoch=steps_per_epoch(len(data.train), config.training),
             epochs=config.training.epochs,
+            ema_momentum=config.training.ema_momentum,
         )
         recorded = run.known_metrics if into else {"epoch": 0.0}
         # A store that is away cannot say which epochs an earlier process has told it.
@@ -129,6 +130,7 @@ def execute_run(
             config.training,
             seed=config.seed,
             on_epoch_end=report,
+            augmentation=config.augmentation,
             checkpoint=checkpoint,
         )
         training_seconds = time.perf_counter() - start - sum(hook_seconds)
@@ -141,7 +143,7 @@ def execute_run(
             judged = evaluate(model, data.validation)
             run.log_predictions(judged)
         if config.tracking.figures:
-            _draw(run, data, history, judged)
+            _draw(run, config, data, history, judged)
         run.log_model(model, data, {name: metrics[name] for name in metrics.keys() - best.keys()})
         run.describe(run_note(config, data, command, *_outcome(metrics)))
     return RunResult(
@@ -178,10 +180,17 @@ def look_at_test(run: Run, model: keras.Model, data: Data) -> tuple[Metrics, Eva
     return {**looked, "test_loss": test.loss, "test_accuracy": test.accuracy}, test
 
 
-def _draw(run: Run, data: Data, history: History, judged: Evaluation | None) -> None:
+def _draw(
+    run: Run, config: RunConfig, data: Data, history: History, judged: Evaluation | None
+) -> None:
     from pipeline import figures
 
     run.log_figure(figures.digit_grid(data.train, data.class_names), "digits")
+    if config.augmentation.distorts:
+        run.log_figure(
+            figures.distorted_grid(data.train, data.class_names, config.augmentation),
+            "augmentation",
+        )
     run.log_figure(figures.learning_curves(history.epochs), "learning_curves")
     if judged:
         run.log_figure(figures.confusion_matrix(judged, data.class_names), "confusion_matrix")

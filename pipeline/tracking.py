@@ -584,7 +584,8 @@ def run_note(config: RunConfig, data: Data, command: str, *outcome: str) -> str:
         f"{widths}, {model.activation}, dropout {model.dropout_rate:.3g}; "
         f"{config.optimizer.name} at {config.optimizer.learning_rate:.3g}, batches of "
         f"{training.batch_size}, at most {training.epochs} epochs; "
-        f"{len(data.train):,} images of {config.data.name}."
+        f"{len(data.train):,} images of {config.data.name}"
+        f"{', distorted' if config.augmentation.distorts else ''}."
     )
     lines = "\n".join(f"- {line}" for line in outcome)
     return "\n\n".join(filter(None, [what, lines, f"Repeat: `{command}`"]))

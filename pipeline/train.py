@@ -21,6 +21,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipeline.augmentation import Distortion
 from pipeline.checkpoint import (
     Checkpoint,
     check_fit,
@@ -30,11 +31,11 @@ from pipeline.checkpoint import (
     save_checkpoint,
     take_checkpoint,
 )
-from pipeline.config import TrainingConfig
+from pipeline.config import AugmentationConfig, TrainingConfig
 from pipeline.data import Data, Split
 from pipeline.dropout import SeedDropout
 from pipeline.endings import DivergedError
-from pipeline.program import LOSS, Program, accuracy, program_for
+from pipeline.program import LOSS, Program, accuracy, averages, program_for
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def train(
     *,
     seed: int,
     on_epoch_end: EpochHook,
+    augmentation: AugmentationConfig | None = None,
     checkpoint: Path | None = None,
 ) -> History:
     """Fits the model to the training split; the test split is not read.
@@ -134,10 +136,12 @@ def train(
         optimizer: Fresh.
         data: Of it, `train` and `validation`.
         config: Length and speed.
-        seed: Of the order of the images and the dropout, together with the epoch.
+        seed: Of the order of the images, their distortions and the dropout, together with the
+            epoch.
         on_epoch_end: Called with the epoch, from 1, and its metrics; may raise `StopRun`. A
             training that goes on calls it again with the epoch of the checkpoint, of which the
             killed process may not have told: a second call with an epoch must change nothing.
+        augmentation: How the training images are distorted; None: not.
         checkpoint: File written after every epoch, before `on_epoch_end`, and read at the start.
             It belongs to these arguments alone; the caller deletes it.
 
@@ -154,14 +158,25 @@ def train(
     steps = steps_per_epoch(len(data.train), config)
     model.compile(optimizer)  # and no metrics: `fit` takes those of the program
     optimizer.build(model.trainable_variables)
+    for trained, weight in zip(averages(optimizer), model.trainable_variables, strict=False):
+        trained.assign(weight)  # see `Program`
     stopping = _stopping(config, data)
     end = _EpochEnd(on_epoch_end, stopping, checkpoint)
     first = end.resume(model, config)
     compiled = _pays_to_compile(model, steps * config.epochs)
     if config.compile != "auto":
         compiled = config.compile == "always"
-    program = program_for(model, batch_size=config.batch_size, steps=min(_STEPS_PER_CALL, steps))
-    chunks = _Chunks(program, data, seed=seed, compiled=compiled)
+    program = program_for(
+        model,
+        batch_size=config.batch_size,
+        steps=min(_STEPS_PER_CALL, steps),
+        smooths=config.label_smoothing > 0,
+    )
+    distort = None
+    if augmentation and augmentation.distorts:
+        distort = Distortion(augmentation, data.train.images.shape[1:])
+    chunks = _Chunks(program, data, config, seed=seed, compiled=compiled, distort=distort)
+    averaging, optimizer.use_ema = optimizer.use_ema, False  # or `fit` overwrites the average
     model.train_function = chunks.train_function
     try:
         with _Interruption() as interruption:
@@ -179,6 +194,7 @@ def train(
             )
     finally:
         program.release()
+        optimizer.use_ema = averaging
         model.train_function = None
         model.compile(optimizer, loss=LOSS, metrics=[accuracy()], jit_compile=False)
     if not all(np.isfinite(weights).all() for weights in model.get_weights()):
@@ -203,9 +219,19 @@ def _pays_to_compile(model: keras.Model, steps: int) -> bool:
 class _Chunks(keras.callbacks.Callback):  # type: ignore[misc]
     """Trains for `fit`: each epoch in an order of its own, a chunk of many batches a call."""
 
-    def __init__(self, program: Program, data: Data, *, seed: int, compiled: bool) -> None:
+    def __init__(
+        self,
+        program: Program,
+        data: Data,
+        config: TrainingConfig,
+        *,
+        seed: int,
+        compiled: bool,
+        distort: Distortion | None,
+    ) -> None:
         super().__init__()
         self.program, self.seed, self.compiled = program, seed, compiled
+        self.smoothing, self.distort = config.label_smoothing, distort
         self.rows = program.steps * program.batch_size
         self.train = _tensors(data.train)
         self.validation = _tensors(data.validation) if data.validation else None
@@ -219,22 +245,25 @@ class _Chunks(keras.callbacks.Callback):  # type: ignore[misc]
         return tf.data.Dataset.range(0, len(self.train[1]), self.rows).with_options(options)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self.order = order_of(len(self.train[1]), seed=self.seed, epoch=epoch)
+        self.epoch, self.order = epoch, order_of(len(self.train[1]), seed=self.seed, epoch=epoch)
         self.program.reset_metrics()
 
     def train_function(self, starts: Iterator[tf.Tensor]) -> Metrics:
         """What `fit` calls; returns the metrics of the epoch so far."""
-        start = next(starts)
+        start = int(next(starts))
         rows = self.order[start : start + self.rows]
-        chunk = [tf.gather(array, rows) for array in self.train]
-        self.program.train(self.model, *chunk, compiled=self.compiled)
+        images, labels = (tf.gather(array, rows) for array in self.train)
+        if self.distort:
+            images = self.distort(images, (self.seed, self.epoch, start))
+        how = {"compiled": self.compiled, "smoothing": self.smoothing}
+        self.program.train(self.model, images, labels, **how)
         return self.program.metrics
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Adds the metrics of the validation split, which the other callbacks find there."""
         if self.validation is None or logs is None:
             return
-        metrics = self.program.evaluate(self.model, *self.validation)
+        metrics = self.program.evaluate(self.model, *self.validation, smoothing=self.smoothing)
         logs.update({f"val_{name}": value for name, value in metrics.items()})
 
 

@@ -31,6 +31,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from pipeline.compose import Value
+from pipeline.config import LATER, flatten
 from pipeline.database import sqlite_path
 from sweeps.config import (
     AshaConfig,
@@ -194,7 +195,8 @@ def check_identity(study: optuna.Study, identity: Mapping[str, str]) -> None:
     if "identity" not in study.user_attrs:
         study.set_user_attr("key", uuid4().hex)  # of this study, among all of its name
         study.set_user_attr("identity", json.dumps(dict(identity)))
-    before = json.loads(study.user_attrs["identity"])
+    later = {name: value for name, value in flatten(LATER) if name in identity}
+    before = {**later, **json.loads(study.user_attrs["identity"])}
     names = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
     if names:
         missing = "(none)"

@@ -266,7 +266,7 @@ def model_card(verdict: Verdict) -> str:
     config = found.candidate.config
     settings = [
         f"| `{name}` | {value} |"
-        for section in ("data", "model", "optimizer", "training")
+        for section in ("data", "model", "optimizer", "training", "augmentation")
         for name, value in flatten({section: asdict(getattr(config, section))})
     ]
     accuracy = run.metrics["saved_val_accuracy"]

@@ -9,7 +9,7 @@ import hydra
 import pytest
 
 from pipeline.compose import CONF, to_config, to_typed
-from pipeline.config import RunConfig
+from pipeline.config import LATER, RunConfig, flatten
 from sweeps.config import VARIANTS, SweepConfig
 from sweeps.plan import Plan, build_plan
 from sweeps.space import split_command_line
@@ -164,7 +164,7 @@ def test_a_sweep_begins_with_the_same_options_as_a_run() -> None:
         for path in ROOTS
     )
 
-    assert len(run) == 5
+    assert len(run) == 6
     assert run.items() <= sweep.items()
 
 
@@ -205,6 +205,7 @@ def test_the_notebook_is_exactly_the_notebook() -> None:
         "hidden_units": 512,
         "hidden_layers": 2,
         "dropout_rate": 0.2,
+        "input_dropout_rate": 0.0,
         "activation": "relu",
         "initializer": "glorot_uniform",
         "batch_normalization": False,
@@ -223,6 +224,8 @@ def test_the_notebook_is_exactly_the_notebook() -> None:
     assert config.training.epochs == 4
     assert config.training.batch_size == 128
     assert config.training.early_stopping_patience is None
+    assert (config.training.label_smoothing, config.training.ema_momentum) == (0.0, 0.0)
+    assert not config.augmentation.distorts
     assert config.evaluate_test
 
 
@@ -247,6 +250,12 @@ def test_the_command_line_wins_over_an_experiment() -> None:
     assert config.model.initializer == "glorot_uniform"
     assert config.training.epochs == 7
     assert config.optimizer.name == "adam"
+
+
+def test_what_earlier_versions_had_no_setting_of_is_off_by_default() -> None:
+    defaults = dict(flatten(asdict(compose())))
+
+    assert dict(flatten(LATER)).items() <= defaults.items()
 
 
 def test_a_named_file_of_mnist_may_come_from_the_environment(

@@ -28,7 +28,7 @@ from pipeline.checkpoint import (
     save_checkpoint,
 )
 from pipeline.compose import CONF, to_config
-from pipeline.config import RunConfig, TrainingConfig
+from pipeline.config import AugmentationConfig, RunConfig, TrainingConfig
 from pipeline.data import Data, load
 from pipeline.endings import DivergedError, StopRun
 from pipeline.model import build_mlp, build_optimizer
@@ -72,6 +72,7 @@ class Network:
     optimizer: keras.Optimizer
     data: Data
     config: TrainingConfig
+    augmentation: AugmentationConfig
 
     def train(
         self, checkpoint: Path | None = None, hook: EpochHook = lambda epoch, metrics: None
@@ -83,6 +84,7 @@ class Network:
             self.config,
             seed=7,
             on_epoch_end=hook,
+            augmentation=self.augmentation,
             checkpoint=checkpoint,
         )
 
@@ -114,9 +116,11 @@ class Case:
                 replace(config.optimizer, **self.optimizer),
                 steps_per_epoch=steps_per_epoch(len(data.train), training),
                 epochs=training.epochs,
+                ema_momentum=training.ema_momentum,
             ),
             data=data,
             config=training,
+            augmentation=config.augmentation,
         )
 
 
@@ -155,6 +159,21 @@ CASES = {
         },
         training={"compile": "always", "restore_best_weights": False, "epochs": 3},
         trained=3,
+    ),
+    "distorted images, smooth labels, an average": replace(
+        PLAIN,
+        option="augmentation=elastic",
+        model={"dropout_rate": 0.2, "input_dropout_rate": 0.1, "batch_normalization": True},
+        training={
+            "compile": "never",
+            "restore_best_weights": True,
+            "label_smoothing": 0.1,
+            "ema_momentum": 0.8,
+        },
+    ),
+    "an average of the last weights": replace(
+        PLAIN,
+        training={"compile": "always", "restore_best_weights": False, "ema_momentum": 0.8},
     ),
     "without validation": replace(PLAIN, validation=False),
     "without validation compiled": replace(

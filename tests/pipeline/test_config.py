@@ -17,6 +17,7 @@ from pipeline.config import (
     LOADERS,
     SCHEDULES,
     AdamConfig,
+    AugmentationConfig,
     DataConfig,
     ModelConfig,
     RMSpropConfig,
@@ -44,6 +45,7 @@ MODEL = ModelConfig(
     hidden_units=512,
     hidden_layers=2,
     dropout_rate=0.2,
+    input_dropout_rate=0.0,
     activation="relu",
     initializer="auto",
     batch_normalization=False,
@@ -65,8 +67,13 @@ TRAINING = TrainingConfig(
     batch_size=128,
     early_stopping_patience=5,
     restore_best_weights=True,
+    label_smoothing=0.0,
+    ema_momentum=0.0,
     compile="auto",
     threads=1,
+)
+AUGMENTATION = AugmentationConfig(
+    rotation=0.0, shift=0.0, scale=0.0, shear=0.0, elastic=0.0, elastic_sigma=0.14
 )
 TRACKING = TrackingConfig(
     uri=None,
@@ -81,6 +88,7 @@ RUN = RunConfig(
     model=MODEL,
     optimizer=RMSPROP,
     training=TRAINING,
+    augmentation=AUGMENTATION,
     tracking=TRACKING,
     seed=0,
     evaluate_test=True,
@@ -89,6 +97,7 @@ RUN = RunConfig(
 NAN, INF = math.nan, math.inf
 ONE = math.nextafter(1.0, 0.0)  # the last number below 1
 TINY = math.nextafter(0.0, 1.0)  # the first above 0
+ABOVE = math.nextafter(180, 181)
 HUGE = 10**400  # no float holds it
 DECAY: tuple[list[Any], list[Any]] = ([0.0, 0.5, ONE], [-TINY, 1.0, NAN, INF, -INF])
 NAMES = "1 to 64 of the characters A-Z a-z 0-9 . _ -"
@@ -154,6 +163,7 @@ RANGES: list[tuple[Any, str, str, str, list[Any], list[Any]]] = [
     (MODEL, "model", "hidden_units", "at least 1", [1, 512, HUGE], [0, -1]),
     (MODEL, "model", "hidden_layers", "in [0, 100]", [0, 1, 100], [-1, 101, HUGE]),
     (MODEL, "model", "dropout_rate", "in [0, 1)", *DECAY),
+    (MODEL, "model", "input_dropout_rate", "in [0, 1)", *DECAY),
     (MODEL, "model", "activation", one_of(ACTIVATIONS), [*ACTIVATIONS], ["", "ReLU", "linear"]),
     (MODEL, "model", "initializer", one_of(INITIALIZERS), [*INITIALIZERS], ["", "zeros"]),
     (MODEL, "model", "l2", "at least 0", [0.0, TINY, 1e3], [-TINY, NAN, INF, -INF]),
@@ -184,8 +194,23 @@ RANGES: list[tuple[Any, str, str, str, list[Any], list[Any]]] = [
     (TRAINING, "training", "epochs", "at least 1", [1, 1000, HUGE], [0, -1]),
     (TRAINING, "training", "batch_size", "at least 1", [1, 60000, HUGE], [0, -1]),
     (TRAINING, "training", "early_stopping_patience", "at least 1", [None, 1, 100], [0, -1]),
+    (TRAINING, "training", "label_smoothing", "in [0, 1)", *DECAY),
+    (TRAINING, "training", "ema_momentum", "in [0, 1)", *DECAY),
     (TRAINING, "training", "compile", one_of(COMPILE), [*COMPILE], ["", "yes", "Auto"]),
     (TRAINING, "training", "threads", "in [1, 1024]", [1, 64, 1024], [0, -1, 1025]),
+    (AUGMENTATION, "augmentation", "rotation", "in [0, 180]", [0.0, 180.0], [-TINY, ABOVE, NAN]),
+    (AUGMENTATION, "augmentation", "shift", "in [0, 1]", [0.0, 1.0], [-TINY, 1 / ONE, NAN]),
+    (AUGMENTATION, "augmentation", "scale", "in [0, 1)", *DECAY),
+    (AUGMENTATION, "augmentation", "shear", "in [0, 90)", [0.0, 89.9], [-TINY, 90.0, NAN]),
+    (AUGMENTATION, "augmentation", "elastic", "in [0, 1]", [0.0, 1.0], [-TINY, 1 / ONE, INF]),
+    (
+        AUGMENTATION,
+        "augmentation",
+        "elastic_sigma",
+        "positive and at most 1",
+        [TINY, 1.0],
+        [0.0, -TINY, 1 / ONE, NAN],
+    ),
     (TRACKING, "tracking", "experiment", NAMES, GOOD_NAMES, BAD_NAMES),
     (RUN, "", "seed", "in [0, 2**32)", [0, 2**32 - 1], [-1, 2**32, HUGE]),
 ]
@@ -225,7 +250,9 @@ def test_a_value_just_outside_its_range_is_refused_with_key_rule_and_value(
     assert str(error.value) == f"{key} must be {rule}, got {value!r}."
 
 
-@pytest.mark.parametrize("section", [DATA, MODEL, RMSPROP, ADAM, SGD, TRAINING, TRACKING])
+@pytest.mark.parametrize(
+    "section", [DATA, MODEL, RMSPROP, ADAM, SGD, TRAINING, AUGMENTATION, TRACKING]
+)
 def test_every_number_has_a_range(section: Any) -> None:
     numbers = {f.name for f in fields(section) if f.type in (int, float, int | None, float | None)}
 
@@ -422,3 +449,15 @@ def test_no_password_remains_in_an_address_alone_or_in_a_sentence(
     shown = without_password(sentence.format(f"postgresql://{user}:{password}@{host}/db"))
 
     assert shown == sentence.format(f"postgresql://{user}:***@{host}/db")
+
+
+# --- augmentation ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rotation", "shift", "scale", "shear", "elastic"])
+def test_each_amount_alone_distorts(name: str) -> None:
+    assert replace(AUGMENTATION, **{name: 0.01}).distorts
+
+
+def test_no_amount_distorts_nothing_whatever_the_smoothness() -> None:
+    assert not replace(AUGMENTATION, elastic_sigma=0.5).distorts

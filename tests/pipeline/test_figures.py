@@ -14,6 +14,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from pipeline import figures
+from pipeline.config import AugmentationConfig
 from pipeline.data import Split
 from pipeline.evaluate import Evaluation
 
@@ -25,6 +26,9 @@ CLOTHES = [
     *("T-shirt", "trousers", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 ]
+DISTORTING = AugmentationConfig(
+    rotation=10, shift=0.1, scale=0.1, shear=10, elastic=0.05, elastic_sigma=0.14
+)
 LONG = [f"a class with a rather long name, number {label}" for label in range(10)]
 
 
@@ -150,6 +154,32 @@ def test_the_first_images_are_shown_in_their_order(num_images: int, count: int) 
     pixels = np.sort(canvas[np.isfinite(canvas)])
     assert labels == [CLOTHES[label] for label in split.labels[:count]]
     np.testing.assert_array_equal(pixels, np.sort(split.images[:count].ravel()))
+
+
+@pytest.mark.parametrize("class_names", [NUMBERS, CLOTHES, LONG])
+@pytest.mark.parametrize("num_images", [1, 60])
+@pytest.mark.parametrize("size", SIZES)
+def test_distorted_images_can_be_read(
+    size: tuple[int, int], num_images: int, class_names: list[str]
+) -> None:
+    figure = figures.distorted_grid(split_of(num_images, size=size), class_names, DISTORTING)
+
+    assert_readable(figure)
+
+
+def test_images_are_shown_above_what_augmentation_makes_of_them() -> None:
+    split = split_of(10)
+
+    figure = figures.distorted_grid(split, CLOTHES, DISTORTING, rows=2)
+
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    canvas = np.ma.getdata(shown(figure))
+    top, *rest = np.split(canvas, 3)
+    assert labels == [CLOTHES[label] for label in split.labels[:10]] * 3
+    pixels = np.sort(top[np.isfinite(top)])
+    np.testing.assert_array_equal(pixels, np.sort(split.images.ravel()))
+    versions = [top, *rest]
+    assert len({np.nan_to_num(version).tobytes() for version in versions}) == 3
 
 
 def test_mistakes_are_shown_from_the_most_confident_down() -> None:

@@ -27,10 +27,12 @@ def small(*options: str, compile_: str = "never", **settings: Any) -> Network:
     )
 
 
-def program_of(net: Network, *, batch_size: int = 20, steps: int = 6) -> Program:
+def program_of(
+    net: Network, *, batch_size: int = 20, steps: int = 6, smooths: bool = False
+) -> Program:
     net.model.compile(net.optimizer)
     net.optimizer.build(net.model.trainable_variables)
-    return program_for(net.model, batch_size=batch_size, steps=steps)
+    return program_for(net.model, batch_size=batch_size, steps=steps, smooths=smooths)
 
 
 OTHER: dict[str, Any] = {
@@ -101,6 +103,8 @@ def tracings(served: Program) -> list[int]:
         ((), {"optimizer": {"schedule": "cosine"}}),
         ((), {"optimizer": {"schedule": "cosine", "warmup_epochs": 1}}),
         (("optimizer=adam",), {}),
+        ((), {"model": {"input_dropout_rate": 0.1}}),
+        ((), {"ema_momentum": 0.9}),
     ],
 )
 def test_what_is_traced_as_it_is_has_a_program_of_its_own(
@@ -112,9 +116,9 @@ def test_what_is_traced_as_it_is_has_a_program_of_its_own(
     assert program_of(small()) is usual
 
 
-@pytest.mark.parametrize("size", [{"batch_size": 21}, {"steps": 5}])
+@pytest.mark.parametrize("size", [{"batch_size": 21}, {"steps": 5}, {"smooths": True}])
 def test_another_batch_size_or_number_of_steps_has_a_program_of_its_own(
-    size: dict[str, int],
+    size: dict[str, Any],
 ) -> None:
     assert program_of(small(), **size) is not program_of(small())
 
@@ -136,6 +140,23 @@ def test_the_numbers_of_a_schedule_are_not_traced_anew(
     expected = alone.train()
     program._program.cache_clear()
     small(optimizer=one).train()
+
+    history = ours.train()
+
+    assert program._program.cache_info().currsize == 1
+    assert history.epochs == expected.epochs
+    assert_equal_weights(ours.model, alone.model)
+
+
+@pytest.mark.parametrize("compile_", ["always", "never"])
+def test_another_smoothing_or_averaging_is_not_traced_anew(compile_: str) -> None:
+    def build(smoothing: float, momentum: float) -> Network:
+        return small(compile_=compile_, label_smoothing=smoothing, ema_momentum=momentum)
+
+    ours, alone = build(0.05, 0.5), build(0.05, 0.5)
+    expected = alone.train()
+    program._program.cache_clear()
+    build(0.2, 0.9).train()
 
     history = ours.train()
 
@@ -215,7 +236,7 @@ def test_two_threads_do_not_train_by_one_program_at_once() -> None:
     net.model.compile(net.optimizer)
     net.optimizer.build(net.model.trainable_variables)
 
-    with served._lent_to(net.model), pytest.raises(RuntimeError, match="another thread"):
+    with served._lent_to(net.model, served._variables, 0.0), pytest.raises(RuntimeError, match="another thread"):
         served.evaluate(net.model, tf.zeros((1, 8, 8), tf.uint8), tf.zeros(1, tf.int32))
 
 

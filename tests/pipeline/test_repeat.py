@@ -1,6 +1,7 @@
 """Runs repeated: real ones, in real stores, and what is said of them."""
 
 import gc
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from mlflow import MlflowClient
 from sklearn.datasets import load_digits
 
 from pipeline.compose import CONF, VARIANTS, to_typed
-from pipeline.config import RepeatConfig, RunConfig
+from pipeline.config import LATER, RepeatConfig, RunConfig, flatten
 from pipeline.registry import logged_model
 from pipeline.repeat import (
     CLOSE,
@@ -433,6 +434,30 @@ def test_settings_of_another_version_are_refused_with_the_key(
         find(request(folder, plain))
 
     assert "\n" not in str(refused.value)
+
+
+def test_a_run_of_a_version_that_had_fewer_settings_is_repeated_exactly(
+    execute: Execute, folder: Path
+) -> None:
+    of = execute("seed=9")
+    (path,) = folder.rglob(f"{of}/artifacts/config.yaml")
+    rewrite(path, without_later)
+    with sqlite3.connect(folder / "mlruns" / "mlflow.db") as connection:
+        for name, _ in flatten(LATER):
+            connection.execute("DELETE FROM params WHERE run_uuid = ? AND key = ?", (of, name))
+
+    repetition, _, verdict = repeated(folder, of)
+
+    assert repetition.of.params.keys() & dict(flatten(LATER)).keys() == set()
+    assert set(repetition.differences) <= CODE
+    assert verdict.word == EXACT
+
+
+def without_later(settings: dict[str, Any]) -> None:
+    for section, names in LATER.items():
+        for name in names:
+            del settings[section][name]
+    del settings["augmentation"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "- 1", "\x00"])

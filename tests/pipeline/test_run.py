@@ -171,6 +171,21 @@ def test_the_figures_are_artifacts(recorded: Recorded) -> None:
     assert all((file.file_size or 0) > 5_000 for file in files)
 
 
+def test_a_run_that_distorts_its_images_shows_how(
+    quick: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = quick("training.epochs=1", "augmentation=affine", "evaluate_test=false")
+
+    result = execute_run(config, COMMAND)
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
+    figures = client.list_artifacts(result.run_id, "figures")
+    run = only_run(tmp_path)
+    assert "figures/augmentation.png" in {file.path for file in figures}
+    assert "images of digits, distorted." in run.data.tags["mlflow.note.content"]
+    assert run.data.params["augmentation.rotation"] == "10.0"
+
+
 def test_the_model_predicts_through_pyfunc_what_it_was_tested_with(recorded: Recorded) -> None:
     mlflow.set_tracking_uri(f"sqlite:///{recorded.folder / 'mlflow.db'}")
     test = recorded.data.splits["test"]

@@ -24,12 +24,14 @@ import pytest
 import tensorflow as tf
 from hydra.core.global_hydra import GlobalHydra
 
+from pipeline.augmentation import Distortion
 from pipeline.compose import CONF, to_config
-from pipeline.config import RunConfig, TrainingConfig
+from pipeline.config import AugmentationConfig, RunConfig, TrainingConfig
 from pipeline.data import Data, Split, load
 from pipeline.endings import DivergedError, StopRun
 from pipeline.evaluate import evaluate
 from pipeline.model import build_mlp, build_optimizer
+from pipeline.program import averages
 from pipeline.train import (
     EpochHook,
     History,
@@ -92,10 +94,17 @@ class Network:
     optimizer: keras.Optimizer
     data: Data
     config: TrainingConfig
+    augmentation: AugmentationConfig
 
     def train(self, hook: EpochHook = lambda epoch, metrics: None, *, seed: int = 0) -> History:
         return train(
-            self.model, self.optimizer, self.data, self.config, seed=seed, on_epoch_end=hook
+            self.model,
+            self.optimizer,
+            self.data,
+            self.config,
+            seed=seed,
+            on_epoch_end=hook,
+            augmentation=self.augmentation,
         )
 
 
@@ -117,9 +126,11 @@ def network(
             replace(config.optimizer, **(optimizer or {})),
             steps_per_epoch=steps_per_epoch(len(data.train), length),
             epochs=length.epochs,
+            ema_momentum=length.ema_momentum,
         ),
         data=data,
         config=length,
+        augmentation=config.augmentation,
     )
 
 
@@ -260,6 +271,115 @@ def test_compiled_and_uncompiled_trainings_agree(
     assert_equal_weights(compiled.model, uncompiled.model, atol=2e-5)
     for ours, theirs in zip(*(history.epochs for history in histories), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+# --- smooth labels, an average of the weights, distorted images --------------------------
+
+
+@pytest.mark.parametrize(("compile_", "model"), [("always", {}), ("never", PARTS)])
+def test_smooth_labels_are_those_of_keras(compile_: str, model: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"batch_size": 50, "label_smoothing": 0.2, "compile": compile_}
+    settings["model"] = {"dropout_rate": 0.0, **model}
+    ours, plain = (network("optimizer=adam", **settings) for _ in range(2))
+    loss = keras.losses.CategoricalCrossentropy(label_smoothing=0.2)
+    plain.model.compile(plain.optimizer, loss=loss, metrics=["accuracy"])
+    validation = plain.data.validation
+    assert validation is not None
+
+    history = ours.train(seed=3)
+
+    of_fit = plain.model.fit(
+        ((images, np.eye(10)[labels]) for images, labels in batches_in_order(plain, seed=3)),
+        epochs=2,
+        steps_per_epoch=math.ceil(NUM_IMAGES / 50),
+        validation_data=(validation.images, np.eye(10)[validation.labels]),
+        shuffle=False,
+        verbose=0,
+    )
+    assert_equal_weights(ours.model, plain.model, atol=1e-5)
+    assert set(of_fit.history) == METRICS
+    for name, values in of_fit.history.items():
+        assert values == pytest.approx([metrics[name] for metrics in history.epochs], rel=1e-4)
+
+
+@pytest.mark.parametrize("option", ["optimizer=rmsprop", "optimizer=adam", "optimizer=sgd"])
+def test_an_average_of_the_weights_is_that_of_keras(option: str) -> None:
+    ours, history, plain, of_fit = train_twice(
+        option, batch_size=50, model=PARTS, ema_momentum=0.9
+    )
+
+    assert ours.data.validation is not None
+    assert_equal_weights(ours.model, plain.model, atol=1e-6)
+    losses = [metrics["loss"] for metrics in history.epochs]
+    assert of_fit.history["loss"] == pytest.approx(losses, rel=1e-5)
+    accuracy = evaluate(plain.model, ours.data.validation).accuracy
+    assert history.epochs[-1]["val_accuracy"] == pytest.approx(accuracy)
+
+
+def test_the_weights_are_trained_as_without_an_average() -> None:
+    averaging, usual = network(ema_momentum=0.9), network()
+
+    averaging.train()
+    usual.train()
+
+    trained = averages(averaging.optimizer)
+    assert len(trained) == len(usual.model.weights) == 4
+    for ours, theirs in zip(trained, usual.model.weights, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+    assert not np.array_equal(averaging.model.get_weights()[0], usual.model.get_weights()[0])
+
+
+@pytest.mark.parametrize("compile_", WAYS)
+@pytest.mark.parametrize("restore", [True, False])
+def test_what_stops_early_has_an_average_too(compile_: str, restore: bool) -> None:
+    net = network(
+        data=misleading(),
+        optimizer={"learning_rate": 0.01},
+        epochs=60,
+        batch_size=32,
+        early_stopping_patience=3,
+        restore_best_weights=restore,
+        ema_momentum=0.8,
+        compile=compile_,
+    )
+
+    history = net.train()
+
+    assert net.data.validation is not None
+    accuracies = [metrics["val_accuracy"] for metrics in history.epochs]
+    saved = max(accuracies) if restore else accuracies[-1]
+    assert len(accuracies) < 60
+    assert max(accuracies) > accuracies[-1]
+    assert evaluate(net.model, net.data.validation).accuracy == pytest.approx(saved)
+    assert net.optimizer.use_ema
+
+
+def test_each_epoch_trains_on_distortions_of_its_own() -> None:
+    options = ("optimizer=sgd", "augmentation=affine")
+    settings: dict[str, Any] = {"batch_size": NUM_IMAGES, "model": {"dropout_rate": 0.0}}
+    ours, plain = (network(*options, **settings) for _ in range(2))
+    split = plain.data.train
+    distort = Distortion(plain.augmentation, split.images.shape[1:])
+    plain.model.compile(plain.optimizer, loss="sparse_categorical_crossentropy")
+
+    ours.train(seed=3)
+
+    for epoch in range(2):
+        rows = order_of(NUM_IMAGES, seed=3, epoch=epoch).numpy()
+        images = distort(split.images[rows], (3, epoch, 0))
+        assert not np.array_equal(images, split.images[rows])
+        plain.model.train_on_batch(images, split.labels[rows])
+    assert_equal_weights(ours.model, plain.model)
+
+
+def test_validation_images_are_not_distorted() -> None:
+    net = network("augmentation=elastic")
+
+    history = net.train()
+
+    assert net.data.validation is not None
+    validation = evaluate(net.model, net.data.validation)
+    assert history.epochs[-1]["val_accuracy"] == pytest.approx(validation.accuracy)
 
 
 # --- every image, in its order -----------------------------------------------------------

@@ -23,6 +23,7 @@ import yaml
 from optuna.trial import TrialState
 
 from pipeline.compose import CONF
+from pipeline.config import LATER, flatten
 from pipeline.database import LockedError
 from sweeps import storage as storage_module
 from sweeps.config import PRUNERS, SAMPLERS, PrunerConfig, SamplerConfig, SearchConfig, StudyConfig
@@ -355,6 +356,30 @@ def test_another_identity_is_refused_with_the_difference(
         f"sweep.name=mine was started differently: {difference}. Give the new one another name."
     )
     check_identity(study, IDENTITY)
+
+
+LATER_SETTINGS = dict(flatten(LATER))
+
+
+def test_a_sweep_of_a_version_that_had_fewer_settings_goes_on_as_it_was(uri: str) -> None:
+    study = open_study("mine", open_storage(uri), ["maximize"])
+    check_identity(study, IDENTITY)
+
+    check_identity(study, {**IDENTITY, **LATER_SETTINGS})
+
+    with pytest.raises(ValueError, match="training.ema_momentum: 0.0 -> 0.9"):
+        check_identity(study, {**IDENTITY, **LATER_SETTINGS, "training.ema_momentum": "0.9"})
+
+
+def test_what_a_later_setting_is_searched_over_may_not_change(uri: str) -> None:
+    study = open_study("mine", open_storage(uri), ["maximize"])
+    space = "search.space['training.ema_momentum']"
+    check_identity(study, {**IDENTITY, space: "interval(0, 0.9)"})
+
+    check_identity(study, {**IDENTITY, space: "interval(0, 0.9)"})
+
+    with pytest.raises(ValueError, match="training.ema_momentum"):
+        check_identity(study, {**IDENTITY, **LATER_SETTINGS})
 
 
 def test_the_best_trials_are_the_best_one_or_the_pareto_front_or_none(uri: str) -> None:
