@@ -17,6 +17,9 @@ from pipeline.config import AugmentationConfig
 
 Array = npt.NDArray[np.float32]
 
+_PIXELS = 2**23  # at once: bounds the memory, 10 bytes each
+_WEAKEST = 0.01  # of the strongest; what is weaker is smoothed away
+
 
 class Distortion:
     """Distorts images of one size; with an equal key, equally.
@@ -49,7 +52,15 @@ class Distortion:
         maps = self._affine_maps(tf.random.stateless_uniform([6, len(images)], seeds[:2], -1, 1))
         noise = tf.random.stateless_normal([len(images), 2, len(self._modes)], seeds[2:])
         fields = noise * (self.config.elastic * self.size[:, None])
-        return _interpolate(images, tf.concat([fields, maps], 2), self._basis)
+        weights = tf.concat([fields, maps], 2)
+        block = max(1, _PIXELS // int(self.size.prod()))
+        blocks = [slice(start, start + block) for start in range(0, len(images), block)]
+        distorted = [_interpolate(images[each], self._sources(weights[each])) for each in blocks]
+        return tf.concat(distorted, 0)
+
+    def _sources(self, weights: tf.Tensor) -> tf.Tensor:
+        """Row and column that each pixel comes from, `[n, 2, height, width]`."""
+        return tf.tensordot(weights, self._basis, 1)
 
     def _affine_maps(self, draw: tf.Tensor) -> tf.Tensor:
         """Where the pixels come from: row and column by a row, a column and 1, `[n, 2, 3]`.
@@ -84,27 +95,25 @@ def _smooth_modes(size: Sequence[int], sigma: float) -> Array:
     for side in size:
         distance = np.subtract.outer(np.arange(side), np.arange(side)) / (sigma * side)
         left, strengths, _ = np.linalg.svd(np.exp(-0.5 * np.square(distance)))
-        axes.append(left * strengths)
+        axes.append((left * strengths)[:, strengths > _WEAKEST * strengths.max()])
     modes = np.einsum("ya,xb->abyx", *axes).reshape(-1, *size)
     strengths = np.linalg.norm(modes, axis=(1, 2))
-    modes = modes[strengths > 0.01 * strengths.max()]
+    modes = modes[strengths > _WEAKEST * strengths.max()]
     return (modes / np.sqrt(np.square(modes).sum(0).mean())).astype(np.float32)  # type: ignore[no-any-return]
 
 
 @tf.function(jit_compile=True, autograph=False)  # type: ignore[untyped-decorator]
-def _interpolate(images: tf.Tensor, weights: tf.Tensor, basis: Array) -> tf.Tensor:
+def _interpolate(images: tf.Tensor, sources: tf.Tensor) -> tf.Tensor:
     """Images whose pixels come from elsewhere, bilinear between the four nearest.
 
     Args:
         images: `[n, height, width]`.
-        weights: `[n, 2, k]`.
-        basis: `[k, height, width]`; its sums of these weights say from which row and column.
+        sources: Row and column that each pixel comes from, `[n, 2, height, width]`.
     """
     count, height, width = images.shape
     pixels = tf.reshape(images, [-1])
-    sources = tf.unstack(tf.tensordot(weights, basis, 1), axis=1)
     corners, parts = [], []
-    for source, side in zip(sources, (height, width), strict=True):
+    for source, side in zip(tf.unstack(sources, axis=1), (height, width), strict=True):
         inside = tf.clip_by_value(source, 0.0, side - 1.0)
         low = tf.minimum(tf.cast(inside, tf.int32), max(side - 2, 0))
         corners.append((low, tf.minimum(low + 1, side - 1)))

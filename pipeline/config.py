@@ -329,7 +329,7 @@ class AugmentationConfig:
         elastic: Root mean square of the shift of a pixel in a smooth random field, along either
             axis, as a fraction of its side, at most 1.
         elastic_sigma: Standard deviation of the Gaussian that smooths that field, as a fraction of
-            the side, positive and at most 1.
+            the side, in [0.05, 1].
     """
 
     rotation: float
@@ -346,7 +346,7 @@ class AugmentationConfig:
             ("scale", 0, _BELOW_1, "in [0, 1)"),
             ("shear", 0, math.nextafter(90, 0), "in [0, 90)"),
             ("elastic", 0, 1, "in [0, 1]"),
-            ("elastic_sigma", math.ulp(0), 1, "positive and at most 1"),
+            ("elastic_sigma", 0.05, 1, "in [0.05, 1]"),
         ):
             value = getattr(self, name)
             check(low <= value <= high, f"augmentation.{name}", rule, value)
