@@ -236,7 +236,10 @@ def test_two_threads_do_not_train_by_one_program_at_once() -> None:
     net.model.compile(net.optimizer)
     net.optimizer.build(net.model.trainable_variables)
 
-    with served._lent_to(net.model, served._variables, 0.0), pytest.raises(RuntimeError, match="another thread"):
+    with (
+        served._lent_to(net.model, served._variables, 0.0),
+        pytest.raises(RuntimeError, match="another thread"),
+    ):
         served.evaluate(net.model, tf.zeros((1, 8, 8), tf.uint8), tf.zeros(1, tf.int32))
 
 

@@ -304,9 +304,7 @@ def test_smooth_labels_are_those_of_keras(compile_: str, model: dict[str, Any]) 
 
 @pytest.mark.parametrize("option", ["optimizer=rmsprop", "optimizer=adam", "optimizer=sgd"])
 def test_an_average_of_the_weights_is_that_of_keras(option: str) -> None:
-    ours, history, plain, of_fit = train_twice(
-        option, batch_size=50, model=PARTS, ema_momentum=0.9
-    )
+    ours, history, plain, of_fit = train_twice(option, batch_size=50, model=PARTS, ema_momentum=0.9)
 
     assert ours.data.validation is not None
     assert_equal_weights(ours.model, plain.model, atol=1e-6)
