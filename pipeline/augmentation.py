@@ -32,7 +32,9 @@ class Distortion:
     def __init__(self, config: AugmentationConfig, size: Sequence[int]) -> None:
         self.config, self.size = config, np.array(size, np.float32)
         y, x = np.indices(size, np.float32) - (self.size[:, None, None] - 1) / 2
-        self._modes = _smooth_modes(size, config.elastic_sigma) if config.elastic else []
+        self._modes = np.empty((0, *size), np.float32)
+        if config.elastic:
+            self._modes = _smooth_modes(size, config.elastic_sigma)
         self._basis = np.stack([*self._modes, y, x, np.ones_like(x)])
 
     def __call__(self, images: tf.Tensor, key: Sequence[int]) -> tf.Tensor:

@@ -255,8 +255,9 @@ class _Chunks(keras.callbacks.Callback):  # type: ignore[misc]
         images, labels = (tf.gather(array, rows) for array in self.train)
         if self.distort:
             images = self.distort(images, (self.seed, self.epoch, start))
-        how = {"compiled": self.compiled, "smoothing": self.smoothing}
-        self.program.train(self.model, images, labels, **how)
+        self.program.train(
+            self.model, images, labels, compiled=self.compiled, smoothing=self.smoothing
+        )
         return self.program.metrics
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:

@@ -21,7 +21,7 @@ NONE = {"rotation": 0.0, "shift": 0.0, "scale": 0.0, "shear": 0.0, "elastic": 0.
 SIZES = [(8, 8), (28, 28), (5, 9)]
 
 
-def distortion(size: tuple[int, int] = (28, 28), **amounts: float) -> Distortion:
+def distortion(size: tuple[int, ...] = (28, 28), **amounts: Any) -> Distortion:
     return Distortion(AugmentationConfig(**{**NONE, "elastic_sigma": 0.14, **amounts}), size)
 
 
@@ -30,7 +30,7 @@ def pixels(count: int, height: int, width: int, dtype: str = "uint8") -> npt.NDA
     return drawn.astype(dtype)
 
 
-ALL = {"rotation": 15.0, "shift": 0.1, "scale": 0.2, "shear": 10.0, "elastic": 0.05}
+ALL: dict[str, Any] = {"rotation": 15.0, "shift": 0.1, "scale": 0.2, "shear": 10.0, "elastic": 0.05}
 
 
 # --- what comes out ----------------------------------------------------------------------
@@ -123,7 +123,8 @@ def mapped(image: npt.NDArray[Any], draw: list[float], **amounts: float) -> npt.
     """An image by the affine map of one draw."""
     distort = distortion(image.shape, **amounts)
     maps = distort._affine_maps(tf.constant([draw], tf.float32)[0][:, None])
-    return np.asarray(_interpolate(image[None], distort._sources(maps)))[0]
+    (mapped,) = np.asarray(_interpolate(image[None], distort._sources(maps)))
+    return np.asarray(mapped)
 
 
 def test_a_rotation_by_90_degrees_turns_the_image() -> None:
@@ -185,12 +186,12 @@ def test_fields_are_distributed_as_white_noise_smoothed_by_a_gaussian(
     height, width = size
     modes = _smooth_modes(size, sigma).reshape(-1, height * width)
 
-    smoothed = np.eye(height * width).reshape(-1, height, width)
+    impulses: npt.NDArray[np.float64] = np.eye(height * width).reshape(-1, height, width)
     for axis, side in enumerate(size, start=1):
-        smoothed = ndimage.gaussian_filter1d(
-            smoothed, sigma * side, axis, mode="constant", truncate=30
+        impulses = ndimage.gaussian_filter1d(
+            impulses, sigma * side, axis, mode="constant", truncate=30
         )
-    smoothed = smoothed.reshape(height * width, -1)
+    smoothed = impulses.reshape(height * width, -1)
     expected = smoothed.T @ smoothed
     expected /= np.trace(expected) / (height * width)
     np.testing.assert_allclose(modes.T @ modes, expected, atol=1e-3)
