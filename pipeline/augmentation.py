@@ -14,10 +14,11 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from pipeline.config import AugmentationConfig
+from pipeline.program import pad
 
 Array = npt.NDArray[np.float32]
 
-_PIXELS = 2**23  # at once: bounds the memory, 10 bytes each
+_PIXELS = 2**19  # at once: bounds the memory, and stays in the processor's cache
 _WEAKEST = 0.01  # of the strongest; what is weaker is smoothed away
 
 
@@ -32,10 +33,9 @@ class Distortion:
     def __init__(self, config: AugmentationConfig, size: Sequence[int]) -> None:
         self.config, self.size = config, np.array(size, np.float32)
         y, x = np.indices(size, np.float32) - (self.size[:, None, None] - 1) / 2
-        self._modes = np.empty((0, *size), np.float32)
-        if config.elastic:
-            self._modes = _smooth_modes(size, config.elastic_sigma)
-        self._basis = np.stack([*self._modes, y, x, np.ones_like(x)])
+        modes = _smooth_modes(size, config.elastic_sigma)[: None if config.elastic else 0]
+        self._modes = len(modes)
+        self._basis = tf.constant(np.stack([*modes, y, x, np.ones_like(x)]))
 
     def __call__(self, images: tf.Tensor, key: Sequence[int]) -> tf.Tensor:
         """Distorts each image in its own way.
@@ -44,7 +44,7 @@ class Distortion:
 
         Args:
             images: `[n, height, width]`, of any dtype.
-            key: Whole numbers from 0, which decide the draw.
+            key: Whole numbers from 0 that decide the draw, of one length.
 
         Returns:
             Of the same shape and dtype; whole numbers are rounded.
@@ -52,13 +52,15 @@ class Distortion:
         seeds = np.random.SeedSequence(list(key)).generate_state(4) >> 1
         # Not by XLA, which draws slowly on a CPU.
         maps = self._affine_maps(tf.random.stateless_uniform([6, len(images)], seeds[:2], -1, 1))
-        noise = tf.random.stateless_normal([len(images), 2, len(self._modes)], seeds[2:])
+        noise = tf.random.stateless_normal([len(images), 2, self._modes], seeds[2:])
         fields = noise * (self.config.elastic * self.size[:, None])
         weights = tf.concat([fields, maps], 2)
-        block = max(1, _PIXELS // int(self.size.prod()))
+        block = max(1, _PIXELS // int(self.size.prod()))  # of one size, as XLA compiles each
+        missing = -len(images) % block
+        images, weights = (pad(array, missing) for array in (images, weights))
         blocks = [slice(start, start + block) for start in range(0, len(images), block)]
         distorted = [_interpolate(images[each], self._sources(weights[each])) for each in blocks]
-        return tf.concat(distorted, 0)
+        return tf.concat(distorted, 0)[: len(images) - missing]
 
     def _sources(self, weights: tf.Tensor) -> tf.Tensor:
         """Row and column that each pixel comes from, `[n, 2, height, width]`."""
@@ -74,7 +76,7 @@ class Distortion:
         angle = draw[0] * math.radians(config.rotation)
         slope = tf.tan(draw[1] * math.radians(config.shear))
         shifts = tf.transpose(draw[2:4]) * config.shift * self.size + (self.size - 1) / 2
-        scales = 1 + tf.transpose(draw[4:6]) * config.scale
+        scales = 1 / (1 + tf.transpose(draw[4:6]) * config.scale)
         sin, cos = tf.sin(angle), tf.cos(angle)
         turned = [[cos - sin * slope, -sin], [sin + cos * slope, cos]]
         linear = tf.transpose(turned, [2, 0, 1]) * scales[:, :, None]
@@ -96,12 +98,14 @@ def _smooth_modes(size: Sequence[int], sigma: float) -> Array:
     axes = []
     for side in size:
         distance = np.subtract.outer(np.arange(side), np.arange(side)) / (sigma * side)
-        left, strengths, _ = np.linalg.svd(np.exp(-0.5 * np.square(distance)))
-        axes.append((left * strengths)[:, strengths > _WEAKEST * strengths.max()])
+        strengths, vectors = np.linalg.eigh(np.exp(-0.5 * np.square(distance)))
+        vectors *= np.sign(vectors[0])  # which the library may choose
+        strong = strengths > _WEAKEST * strengths.max()
+        axes.append((vectors * strengths)[:, strong].astype(np.float32))
     modes = np.einsum("ya,xb->abyx", *axes).reshape(-1, *size)
     strengths = np.linalg.norm(modes, axis=(1, 2))
     modes = modes[strengths > _WEAKEST * strengths.max()]
-    return (modes / np.sqrt(np.square(modes).sum(0).mean())).astype(np.float32)  # type: ignore[no-any-return]
+    return modes / np.sqrt(np.square(modes).sum(0).mean())  # type: ignore[no-any-return]
 
 
 @tf.function(jit_compile=True, autograph=False)  # type: ignore[untyped-decorator]

@@ -92,8 +92,13 @@ def from_settings(settings: Mapping[str, Any]) -> RunConfig:
     """
     if "${" in str(settings):  # of the environment, say: a record has values alone
         raise ValueError("it has an interpolation (${...}), which no run records.")
+    settings = dict(settings)
+    for section, later in LATER.items():
+        given = settings.get(section, {})
+        if isinstance(given, Mapping):  # else it is refused
+            settings[section] = {**later, **given}
     try:
-        return to_config(cast(DictConfig, OmegaConf.merge(LATER, dict(settings))))
+        return to_config(OmegaConf.create(settings))
     except ValueError as error:
         raise ValueError(str(error).partition(": set ")[0]) from error
 

@@ -19,8 +19,7 @@ INITIALIZERS = (
 LOADERS = ("arrays", "digits")
 SCHEDULES = ("constant", "cosine")
 COMPILE = ("auto", "always", "never")
-_BELOW_1 = math.nextafter(1, 0)
-# Keys that a run recorded by an earlier version may lack, with what such a run did.
+# Keys that a run recorded by an earlier version may lack, with what such a run did: nothing of it.
 LATER: dict[str, dict[str, float]] = {
     "model": {"input_dropout_rate": 0.0},
     "training": {"label_smoothing": 0.0, "ema_momentum": 0.0},
@@ -89,6 +88,11 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", {None: "null", True: "true", False: "false"}[value]
         elif not isinstance(value, list):
             yield f"{prefix}{name}", str(value)
+
+
+def complete(settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings of a run by dotted name, with those that its version did not have."""
+    return {**dict(flatten(LATER)), **settings}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,8 +292,9 @@ class TrainingConfig:
         restore_best_weights: Whether the model ends with the weights of the epoch with the best
             `val_accuracy`, where there is validation, or with the last.
         label_smoothing: Part of each label that is spread evenly over all classes, in [0, 1).
-        ema_momentum: Part of the average of the weights that a step leaves, in [0, 1). The average
-            is validated and saved in place of the weights; 0 is none.
+        ema_momentum: Part of the average of the weights that a step leaves, at most 0.9999. The
+            average is validated and saved in place of the weights; 0 is none. The moments of
+            batch normalization stay those of the weights that are trained.
         compile: XLA: `always`, `never`, or `auto` where it repays its compilation.
         threads: Processor threads of TensorFlow. Results are repeatable for equal counts.
     """
@@ -308,9 +313,9 @@ class TrainingConfig:
         check_at_least("training.batch_size", self.batch_size, 1)
         if self.early_stopping_patience is not None:
             check_at_least("training.early_stopping_patience", self.early_stopping_patience, 1)
-        for name in ("label_smoothing", "ema_momentum"):
-            part = getattr(self, name)
-            check(0 <= part < 1, f"training.{name}", "in [0, 1)", part)
+        smoothing, momentum = self.label_smoothing, self.ema_momentum
+        check(0 <= smoothing < 1, "training.label_smoothing", "in [0, 1)", smoothing)
+        check(0 <= momentum <= 0.9999, "training.ema_momentum", "in [0, 0.9999]", momentum)
         check_choice("training.compile", self.compile, COMPILE)
         check(1 <= self.threads <= 1024, "training.threads", "in [1, 1024]", self.threads)
 
@@ -319,7 +324,7 @@ class TrainingConfig:
 class AugmentationConfig:
     """How the training images are distorted, anew each epoch. Defaults: `conf/augmentation/`.
 
-    Each is the largest of a uniform draw to both sides, but for the elastic field; 0 is none.
+    The first four are each the largest of a uniform draw to both sides; 0 is none.
 
     Attributes:
         rotation: Degrees, at most 180.
@@ -340,16 +345,15 @@ class AugmentationConfig:
     elastic_sigma: float
 
     def __post_init__(self) -> None:
-        for name, low, high, rule in (
-            ("rotation", 0, 180, "in [0, 180]"),
-            ("shift", 0, 1, "in [0, 1]"),
-            ("scale", 0, _BELOW_1, "in [0, 1)"),
-            ("shear", 0, math.nextafter(90, 0), "in [0, 90)"),
-            ("elastic", 0, 1, "in [0, 1]"),
-            ("elastic_sigma", 0.05, 1, "in [0.05, 1]"),
+        for holds, name, rule in (
+            (0 <= self.rotation <= 180, "rotation", "in [0, 180]"),
+            (0 <= self.shift <= 1, "shift", "in [0, 1]"),
+            (0 <= self.scale < 1, "scale", "in [0, 1)"),
+            (0 <= self.shear < 90, "shear", "in [0, 90)"),
+            (0 <= self.elastic <= 1, "elastic", "in [0, 1]"),
+            (0.05 <= self.elastic_sigma <= 1, "elastic_sigma", "in [0.05, 1]"),
         ):
-            value = getattr(self, name)
-            check(low <= value <= high, f"augmentation.{name}", rule, value)
+            check(holds, f"augmentation.{name}", rule, getattr(self, name))
 
     @property
     def distorts(self) -> bool:

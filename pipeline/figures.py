@@ -32,7 +32,7 @@ def digit_grid(split: Split, class_names: list[str], *, rows: int = 5) -> Figure
 def distorted_grid(
     split: Split, class_names: list[str], config: AugmentationConfig, *, rows: int = 4
 ) -> Figure:
-    """The first images of the split, each above others that training makes of it."""
+    """The first images of the split, each above others such as training makes of it."""
     count = min(len(split), _COLUMNS)
     distort = Distortion(config, split.images.shape[1:])
     chosen = split.images[:count]

@@ -5,8 +5,9 @@ than a short training. But for the width of its hidden layers, its dropout rate 
 rate, most models of a sweep are alike: that is their outline. A program has a network of that
 outline, whose variables take arrays of any width, and serves one model after another: a call takes
 the model's values, does many steps of Keras' own `train_step` in one loop, and gives them back. So
-TensorFlow traces once an outline, and XLA compiles once a width. Other numbers, such as a momentum
-or a penalty, are constants of a program: a model with others has its own.
+TensorFlow traces once an outline, and XLA compiles once a width. Other numbers of a model or its
+optimizer, such as a momentum or a penalty, are constants of a program: a model with others has its
+own. How smooth the labels are, and how slow an average of the weights, is no constant.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pipeline.dropout import HashedDropout
 
 LOSS = "sparse_categorical_crossentropy"  # categorical cross-entropy of one-hot labels
 _EVALUATED = 2_000  # images at once: bounds the memory of the activations
-_MOST = 8  # programs that a process remembers
+_MOST = 16  # programs that a process remembers
 _SCHEDULE = ("initial_learning_rate", "decay_steps", "warmup_target", "warmup_steps")
 
 
@@ -50,9 +51,14 @@ def program_for(
     return _program(_outline(model), batch_size, steps, smooths)
 
 
-def averages(optimizer: keras.Optimizer) -> list[keras.Variable]:
-    """Variables of the average of the weights, in the order of those; without one, none."""
-    return [each for each in optimizer.variables if each.name.endswith("_average")]
+def averages_of(
+    model: keras.Model, optimizer: keras.Optimizer
+) -> list[tuple[keras.Variable, keras.Variable]]:
+    """The optimizer's average of each weight, and that weight; none where it has no averages."""
+    if not optimizer.use_ema:
+        return []
+    averages = [each for each in optimizer.variables if each.name.endswith("_average")]
+    return list(zip(averages, model.trainable_variables, strict=True))
 
 
 def _outline(model: keras.Sequential) -> str:
@@ -93,7 +99,8 @@ class Program:
         smooths: Whether labels are smoothed.
 
     Where the optimizer averages the weights, a model has the average, which is what callbacks
-    validate and save, and its optimizer the weights that are trained: a program trains these.
+    validate and save, and its optimizer the weights that are trained: a program trains these. It
+    averages them itself, after each step: Keras does before it bounds them.
     """
 
     def __init__(self, outline: str, batch_size: int, steps: int, smooths: bool) -> None:
@@ -108,7 +115,6 @@ class Program:
             rate = optimizer["config"]["learning_rate"]
             optimizer["config"]["ema_momentum"] = 0.0
             self.optimizer = keras.optimizers.deserialize(copy.deepcopy(optimizer))  # it changes it
-            self.optimizer.ema_momentum = self._ema_momentum = tf.Variable(0.0)
             self._rates: dict[str, tf.Variable] = {}
             if isinstance(rate, dict):
                 schedule = keras.optimizers.schedules.deserialize(rate)
@@ -116,12 +122,15 @@ class Program:
                 vars(schedule).update(self._rates)
                 self.optimizer.learning_rate = schedule
             self.optimizer.build(self.model.trainable_variables)
-        self._smoothing = tf.Variable(0.0)
+        self._averages = averages_of(self.model, self.optimizer)
+        self.optimizer.use_ema = False
+        self._ema_momentum, self._smoothing = tf.Variable(0.0), tf.Variable(0.0)
         loss = self._smooth_loss if smooths else LOSS
         self.model.compile(self.optimizer, loss=loss, metrics=[accuracy()], jit_compile=False)
         self._dropouts = [layer for layer in self.model.layers if isinstance(layer, HashedDropout)]
         self._variables = [*self.model.variables, *self.optimizer.variables]
-        self._swapped = self._swap_averages()
+        swap = {id(a): b for pair in self._averages for a, b in (pair, pair[::-1])}
+        self._swapped = [swap.get(id(variable), variable) for variable in self._variables]
         self._lending = threading.Lock()
         self._initial = [tf.identity(variable.value) for variable in self._variables]
 
@@ -160,17 +169,17 @@ class Program:
             full, rest = divmod(len(labels), self.batch_size)
             if full:  # XLA compiles one shape
                 missing = self.steps * self.batch_size - len(labels)
-                rows = [_pad(array, missing) for array in (images, labels)]
+                rows = [pad(array, missing) for array in (images, labels)]
                 self._train_full(*rows, tf.constant(full))
             if rest:
                 self._train_any(images[-rest:], labels[-rest:])
 
     def evaluate(
-        self, model: keras.Model, images: tf.Tensor, labels: tf.Tensor, *, smoothing: float = 0.0
+        self, model: keras.Model, images: tf.Tensor, labels: tf.Tensor
     ) -> dict[str, float]:
-        """Loss and accuracy on each image once, without dropout."""
+        """Loss and accuracy on each image once, without dropout and smoothing."""
         self.reset_metrics()
-        with self._lent_to(model, self._variables, smoothing):
+        with self._lent_to(model, self._variables):
             self._evaluate(images, labels)
         return self.metrics
 
@@ -187,15 +196,9 @@ class Program:
         for variable, value in zip(self._variables, self._initial, strict=True):
             variable.value.assign(value)
 
-    def _swap_averages(self) -> list[keras.Variable]:
-        """The variables, weights and averages in the place of one another."""
-        pairs = zip(averages(self.optimizer), self.model.trainable_variables, strict=False)
-        swap = {id(a): b for pair in pairs for a, b in (pair, pair[::-1])}
-        return [swap.get(id(variable), variable) for variable in self._variables]
-
     @contextmanager
     def _lent_to(
-        self, model: keras.Model, variables: Sequence[keras.Variable], smoothing: float
+        self, model: keras.Model, variables: Sequence[keras.Variable], smoothing: float = 0.0
     ) -> Iterator[None]:
         """Inside, the program has the values of the model, which has those of the program then.
 
@@ -233,17 +236,24 @@ class Program:
     def _smooth_loss(self, labels: tf.Tensor, probabilities: tf.Tensor) -> tf.Tensor:
         """As `keras.losses.CategoricalCrossentropy`, of an amount that may change."""
         classes = probabilities.shape[-1]
-        labels = tf.reshape(tf.cast(labels, tf.int32), [-1])  # they come as the probabilities are
+        labels = tf.reshape(tf.cast(labels, tf.int32), [-1])  # Keras has made them floats
         targets = tf.one_hot(labels, classes, dtype=probabilities.dtype)
         targets = targets * (1.0 - self._smoothing) + self._smoothing / classes
         return keras.losses.categorical_crossentropy(targets, probabilities)
+
+    def _train_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+        self.model.train_step((images, labels))
+        is_first = tf.equal(self.optimizer.iterations, 1)
+        momentum = tf.where(is_first, 0.0, self._ema_momentum)
+        for average, weight in self._averages:
+            average.value.assign(momentum * average.value + (1.0 - momentum) * weight.value)
 
     def _any_rows(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         size = self.batch_size
 
         def step(i: tf.Tensor) -> None:
             batch = slice(i * size, (i + 1) * size)
-            self.model.train_step((images[batch], labels[batch]))
+            self._train_step(images[batch], labels[batch])
 
         _repeat(step, (tf.shape(labels)[0] + size - 1) // size)
 
@@ -251,7 +261,7 @@ class Program:
         shape = (self.steps, self.batch_size)
         images = tf.reshape(images, (*shape, *images.shape[1:]))
         labels = tf.reshape(labels, shape)
-        _repeat(lambda i: self.model.train_step((images[i], labels[i])), count)
+        _repeat(lambda i: self._train_step(images[i], labels[i]), count)
 
     def _evaluate_rows(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         def step(i: tf.Tensor) -> None:
@@ -297,5 +307,6 @@ def _create_open(width: int, create: Callable[..., tf.Variable], **settings: Any
     return create(**{**settings, "initial_value": value, "shape": tf.TensorShape(shape)})
 
 
-def _pad(array: tf.Tensor, rows: int) -> tf.Tensor:
+def pad(array: tf.Tensor, rows: int) -> tf.Tensor:
+    """An array with so many more rows of zeros."""
     return tf.pad(array, [(0, rows)] + [(0, 0)] * (array.ndim - 1)) if rows else array

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pipeline import start_libraries
 from pipeline.compose import from_settings, run_cli
-from pipeline.config import LATER, RepeatConfig, RunConfig, flatten, without_password
+from pipeline.config import RepeatConfig, RunConfig, flatten, without_password
 from pipeline.endings import DivergedError
 from pipeline.pages import run_page, ui_command
 from pipeline.run import console, execute_run, progress
@@ -181,7 +181,7 @@ def prepare(run: Recorded, config: RunConfig) -> Repetition:
         config=config,
         data=data,
         differences=differences(
-            _inputs(splits, {**dict(flatten(LATER)), **run.params}, run.tags),
+            _inputs(splits, run.params, run.tags),
             _inputs(now, dict(flatten(asdict(config))), environment(config, data)),
         ),
         then=_trained(run, shared),

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline import start_libraries
 from pipeline.compose import run_cli
-from pipeline.config import RunConfig, without_password
+from pipeline.config import AugmentationConfig, RunConfig, without_password
 from pipeline.pages import store_command, ui_command
 
 if TYPE_CHECKING:  # or TensorFlow is imported
@@ -143,7 +143,7 @@ def execute_run(
             judged = evaluate(model, data.validation)
             run.log_predictions(judged)
         if config.tracking.figures:
-            _draw(run, config, data, history, judged)
+            _draw(run, config.augmentation, data, history, judged)
         run.log_model(model, data, {name: metrics[name] for name in metrics.keys() - best.keys()})
         run.describe(run_note(config, data, command, *_outcome(metrics)))
     return RunResult(
@@ -181,16 +181,18 @@ def look_at_test(run: Run, model: keras.Model, data: Data) -> tuple[Metrics, Eva
 
 
 def _draw(
-    run: Run, config: RunConfig, data: Data, history: History, judged: Evaluation | None
+    run: Run,
+    augmentation: AugmentationConfig,
+    data: Data,
+    history: History,
+    judged: Evaluation | None,
 ) -> None:
     from pipeline import figures
 
     run.log_figure(figures.digit_grid(data.train, data.class_names), "digits")
-    if config.augmentation.distorts:
-        run.log_figure(
-            figures.distorted_grid(data.train, data.class_names, config.augmentation),
-            "augmentation",
-        )
+    if augmentation.distorts:
+        distorted = figures.distorted_grid(data.train, data.class_names, augmentation)
+        run.log_figure(distorted, "augmentation")
     run.log_figure(figures.learning_curves(history.epochs), "learning_curves")
     if judged:
         run.log_figure(figures.confusion_matrix(judged, data.class_names), "confusion_matrix")

@@ -27,7 +27,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.config import TrackingConfig, printable, without_password
+from pipeline.config import TrackingConfig, complete, printable, without_password
 from pipeline.database import (
     alone,
     analyze,
@@ -253,7 +253,8 @@ class Recorded:
         status: RUNNING, FINISHED, KILLED or FAILED.
         started: When, in UTC.
         seconds: From its start to its end; None while it runs.
-        params: Settings by dotted name, spelt as in YAML.
+        params: Settings by dotted name, spelt as in YAML; of what a run has trained, all that this
+            version has.
         metrics: The last value of each.
         tags: All of them.
         artifacts: Address of the folder of its files.
@@ -374,12 +375,18 @@ def _recorded(run: mlflow.entities.Run) -> Recorded:
         status=info.status,
         started=datetime.fromtimestamp(info.start_time / 1000, UTC),
         seconds=(info.end_time - info.start_time) / 1000 if info.end_time else None,
-        params=_printable(data.params),
+        params=_settings(data.params, tags),
         metrics=dict(data.metrics),
         tags=tags,
         artifacts=info.artifact_uri,
         validation=_validation(run),
     )
+
+
+def _settings(params: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, str]:
+    settings = _printable(params)
+    is_trained = "training.epochs" in settings and tags.get("kind") not in ("sweep", "promotion")
+    return complete(settings) if is_trained else settings
 
 
 def _printable(texts: Mapping[str, str]) -> dict[str, str]:

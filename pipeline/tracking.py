@@ -583,7 +583,9 @@ def run_note(config: RunConfig, data: Data, command: str, *outcome: str) -> str:
     what = (
         f"{widths}, {model.activation}, dropout {model.dropout_rate:.3g}; "
         f"{config.optimizer.name} at {config.optimizer.learning_rate:.3g}, batches of "
-        f"{training.batch_size}, at most {training.epochs} epochs; "
+        f"{training.batch_size}, at most {training.epochs} epochs"
+        f"{', averaged weights' if training.ema_momentum else ''}"
+        f"{', smooth labels' if training.label_smoothing else ''}; "
         f"{len(data.train):,} images of {config.data.name}"
         f"{', distorted' if config.augmentation.distorts else ''}."
     )

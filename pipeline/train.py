@@ -35,7 +35,7 @@ from pipeline.config import AugmentationConfig, TrainingConfig
 from pipeline.data import Data, Split
 from pipeline.dropout import SeedDropout
 from pipeline.endings import DivergedError
-from pipeline.program import LOSS, Program, accuracy, averages, program_for
+from pipeline.program import LOSS, Program, accuracy, averages_of, program_for
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +117,8 @@ def train(
     config: TrainingConfig,
     *,
     seed: int,
+    augmentation: AugmentationConfig,
     on_epoch_end: EpochHook,
-    augmentation: AugmentationConfig | None = None,
     checkpoint: Path | None = None,
 ) -> History:
     """Fits the model to the training split; the test split is not read.
@@ -138,10 +138,10 @@ def train(
         config: Length and speed.
         seed: Of the order of the images, their distortions and the dropout, together with the
             epoch.
+        augmentation: How the training images are distorted.
         on_epoch_end: Called with the epoch, from 1, and its metrics; may raise `StopRun`. A
             training that goes on calls it again with the epoch of the checkpoint, of which the
             killed process may not have told: a second call with an epoch must change nothing.
-        augmentation: How the training images are distorted; None: not.
         checkpoint: File written after every epoch, before `on_epoch_end`, and read at the start.
             It belongs to these arguments alone; the caller deletes it.
 
@@ -158,8 +158,9 @@ def train(
     steps = steps_per_epoch(len(data.train), config)
     model.compile(optimizer)  # and no metrics: `fit` takes those of the program
     optimizer.build(model.trainable_variables)
-    for trained, weight in zip(averages(optimizer), model.trainable_variables, strict=False):
-        trained.assign(weight)  # see `Program`
+    averages = averages_of(model, optimizer)
+    for slot, weight in averages:
+        slot.assign(weight)  # of what is trained, see `Program`
     stopping = _stopping(config, data)
     end = _EpochEnd(on_epoch_end, stopping, checkpoint)
     first = end.resume(model, config)
@@ -173,7 +174,7 @@ def train(
         smooths=config.label_smoothing > 0,
     )
     distort = None
-    if augmentation and augmentation.distorts:
+    if augmentation.distorts:
         distort = Distortion(augmentation, data.train.images.shape[1:])
     chunks = _Chunks(program, data, config, seed=seed, compiled=compiled, distort=distort)
     averaging, optimizer.use_ema = optimizer.use_ema, False  # or `fit` overwrites the average
@@ -195,6 +196,8 @@ def train(
     finally:
         program.release()
         optimizer.use_ema = averaging
+        for slot, weight in averages:
+            slot.assign(weight)  # as after a training by Keras
         model.train_function = None
         model.compile(optimizer, loss=LOSS, metrics=[accuracy()], jit_compile=False)
     if not all(np.isfinite(weights).all() for weights in model.get_weights()):
@@ -264,7 +267,7 @@ class _Chunks(keras.callbacks.Callback):  # type: ignore[misc]
         """Adds the metrics of the validation split, which the other callbacks find there."""
         if self.validation is None or logs is None:
             return
-        metrics = self.program.evaluate(self.model, *self.validation, smoothing=self.smoothing)
+        metrics = self.program.evaluate(self.model, *self.validation)
         logs.update({f"val_{name}": value for name, value in metrics.items()})
 
 

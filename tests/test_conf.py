@@ -252,10 +252,12 @@ def test_the_command_line_wins_over_an_experiment() -> None:
     assert config.optimizer.name == "adam"
 
 
-def test_what_earlier_versions_had_no_setting_of_is_off_by_default() -> None:
-    defaults = dict(flatten(asdict(compose())))
+def test_what_earlier_versions_had_no_setting_of_was_not_done() -> None:
+    amounts = {section: dict(names) for section, names in LATER.items()}
 
-    assert dict(flatten(LATER)).items() <= defaults.items()
+    assert amounts["augmentation"].pop("elastic_sigma") > 0
+    assert {value for names in amounts.values() for value in names.values()} == {0.0}
+    assert dict(flatten(LATER)).keys() <= dict(flatten(asdict(compose()))).keys()
 
 
 def test_a_named_file_of_mnist_may_come_from_the_environment(

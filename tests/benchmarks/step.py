@@ -144,6 +144,7 @@ def our_times(
         data,
         training,
         seed=0,
+        augmentation=config.augmentation,
         on_epoch_end=lambda epoch, metrics: times.append(time.process_time()),
     )
     return [end - begin for begin, end in pairwise(times)][WARM_UP:]

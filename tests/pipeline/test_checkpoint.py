@@ -83,8 +83,8 @@ class Network:
             self.data,
             self.config,
             seed=7,
-            on_epoch_end=hook,
             augmentation=self.augmentation,
+            on_epoch_end=hook,
             checkpoint=checkpoint,
         )
 

@@ -237,7 +237,7 @@ def test_two_threads_do_not_train_by_one_program_at_once() -> None:
     net.optimizer.build(net.model.trainable_variables)
 
     with (
-        served._lent_to(net.model, served._variables, 0.0),
+        served._lent_to(net.model, served._variables),
         pytest.raises(RuntimeError, match="another thread"),
     ):
         served.evaluate(net.model, tf.zeros((1, 8, 8), tf.uint8), tf.zeros(1, tf.int32))
