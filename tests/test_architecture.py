@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ OWNERS = {
     "optuna": {name for name in SOURCES if name.startswith("sweeps/")},
     "sweeps": {name for name in SOURCES if name.startswith("sweeps/")},
 }
+PAGES = [
+    ROOT / name / "README.md" for name in (".", "mlruns", "sweeps/cluster", "tests/benchmarks")
+]
 TRAINING = ("tensorflow", "keras", "matplotlib", "sklearn")
 
 
@@ -46,6 +50,13 @@ def test_a_library_is_imported_only_by_its_owners(library: str, owners: set[str]
     users = {name for name, tree in SOURCES.items() if library in imported(tree)}
 
     assert users <= owners
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_links_of_a_page_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_imports_are_absolute() -> None:
