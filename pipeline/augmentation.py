@@ -55,7 +55,8 @@ class Distortion:
         noise = tf.random.stateless_normal([len(images), 2, self._modes], seeds[2:])
         fields = noise * (self.config.elastic * self.size[:, None])
         weights = tf.concat([fields, maps], 2)
-        block = max(1, _PIXELS // int(self.size.prod()))  # of one size, as XLA compiles each
+        block = max(1, _PIXELS // int(self.size.prod()))
+        block = min(block, 1 << (len(images) - 1).bit_length())  # of few sizes: XLA compiles each
         missing = -len(images) % block
         images, weights = (pad(array, missing) for array in (images, weights))
         blocks = [slice(start, start + block) for start in range(0, len(images), block)]
@@ -99,7 +100,7 @@ def _smooth_modes(size: Sequence[int], sigma: float) -> Array:
     for side in size:
         distance = np.subtract.outer(np.arange(side), np.arange(side)) / (sigma * side)
         strengths, vectors = np.linalg.eigh(np.exp(-0.5 * np.square(distance)))
-        vectors *= np.sign(vectors[0])  # which the library may choose
+        vectors *= np.where(vectors[0] < 0, -1, 1)  # the sign is the library's choice
         strong = strengths > _WEAKEST * strengths.max()
         axes.append((vectors * strengths)[:, strong].astype(np.float32))
     modes = np.einsum("ya,xb->abyx", *axes).reshape(-1, *size)

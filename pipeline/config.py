@@ -295,7 +295,8 @@ class TrainingConfig:
         ema_momentum: Part of the average of the weights that a step leaves, at most 0.9999. The
             average is validated and saved in place of the weights; 0 is none. The moments of
             batch normalization stay those of the weights that are trained.
-        compile: XLA: `always`, `never`, or `auto` where it repays its compilation.
+        compile: The steps by XLA: `always`, `never`, or `auto` where it repays its compilation.
+            Distortions are always compiled.
         threads: Processor threads of TensorFlow. Results are repeatable for equal counts.
     """
 
@@ -324,7 +325,8 @@ class TrainingConfig:
 class AugmentationConfig:
     """How the training images are distorted, anew each epoch. Defaults: `conf/augmentation/`.
 
-    The first four are each the largest of a uniform draw to both sides; 0 is none.
+    The first four are each the largest of a uniform draw to both sides; 0 is none. An image is
+    shifted and bent, then scaled, turned and slanted.
 
     Attributes:
         rotation: Degrees, at most 180.

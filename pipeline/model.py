@@ -27,9 +27,9 @@ _INITIALIZERS = {
     "sigmoid": "glorot_uniform",
 }
 # float32: weight, gradient and two moments; these before a call, lent to the program and while they
-# are computed; the copy of the best epoch. With one moment, ten were measured. An average of the
-# weights takes two more, which are not asked for.
-_BYTES_A_PARAMETER = 13 * 4
+# are computed; the copy of the best epoch; an average of the weights, and lent. With one moment and
+# no average, ten were measured.
+_BYTES_A_PARAMETER = 15 * 4
 
 
 def build_mlp(config: ModelConfig, data: Data) -> keras.Model:
@@ -85,7 +85,7 @@ def _dense(config: ModelConfig, units: int, initializer: str, **settings: object
 
 
 def build_optimizer(
-    config: OptimizerConfig, *, steps_per_epoch: int, epochs: int, ema_momentum: float = 0.0
+    config: OptimizerConfig, *, steps_per_epoch: int, epochs: int, ema_momentum: float
 ) -> keras.Optimizer:
     """Builds the optimizer; a schedule ends with the last step of the last epoch.
 

@@ -36,9 +36,7 @@ def accuracy() -> keras.metrics.Metric:
     return keras.metrics.SparseCategoricalAccuracy("accuracy")  # by name, traced twice
 
 
-def program_for(
-    model: keras.Sequential, *, batch_size: int, steps: int, smooths: bool = False
-) -> Program:
+def program_for(model: keras.Sequential, *, batch_size: int, steps: int, smooths: bool) -> Program:
     """The program of this process that trains such a model.
 
     Args:
@@ -151,7 +149,7 @@ class Program:
         labels: tf.Tensor,
         *,
         compiled: bool,
-        smoothing: float = 0.0,
+        smoothing: float,
     ) -> None:
         """Trains on each image once, batch by batch.
 
@@ -160,7 +158,7 @@ class Program:
             images: `[rows, height, width]`, of at most `steps` batches.
             labels: `[rows]`, int32.
             compiled: By XLA, but for a last batch that is not full.
-            smoothing: Part of each label that is spread over all classes.
+            smoothing: Part of each label that is spread over all classes, where it smooths.
         """
         with self._lent_to(model, self._swapped, smoothing):
             if not compiled:

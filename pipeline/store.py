@@ -385,7 +385,7 @@ def _recorded(run: mlflow.entities.Run) -> Recorded:
 
 def _settings(params: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, str]:
     settings = _printable(params)
-    is_trained = "training.epochs" in settings and tags.get("kind") not in ("sweep", "promotion")
+    is_trained = "training.epochs" in settings and tags.get("kind") != "sweep"
     return complete(settings) if is_trained else settings
 
 

@@ -146,7 +146,8 @@ def train(
             It belongs to these arguments alone; the caller deletes it.
 
     Raises:
-        ValueError: The model was compiled before: Keras would show the metrics of then.
+        ValueError: The model was compiled before: Keras would show the metrics of then. Or its
+            optimizer was not built for `config.ema_momentum`.
         DivergedError: The loss or a weight is not finite; the metrics of an epoch with such a
             loss are not handed on.
         StopRun: The hook raised it.
@@ -155,6 +156,8 @@ def train(
     """
     if model.compiled:
         raise ValueError("a model that was compiled before is not trained: build another one.")
+    if optimizer.use_ema != (config.ema_momentum > 0):
+        raise ValueError(f"the optimizer is not one for ema_momentum={config.ema_momentum}.")
     steps = steps_per_epoch(len(data.train), config)
     model.compile(optimizer)  # and no metrics: `fit` takes those of the program
     optimizer.build(model.trainable_variables)

@@ -136,7 +136,9 @@ def our_times(
     )
     training = replace(config.training, batch_size=batch, epochs=WARM_UP + ROUNDS, compile=compile_)
     network = model.build_mlp(replace(config.model, hidden_units=width), data)
-    optimizer = model.build_optimizer(config.optimizer, steps_per_epoch=1, epochs=1)
+    optimizer = model.build_optimizer(
+        config.optimizer, steps_per_epoch=1, epochs=1, ema_momentum=config.training.ema_momentum
+    )
     times = [time.process_time()]
     train.train(
         network,

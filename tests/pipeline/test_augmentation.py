@@ -165,7 +165,7 @@ def test_a_shear_of_45_degrees_moves_each_row_by_one_more_pixel() -> None:
         np.testing.assert_array_equal(slanted[row], image[row, sources])
 
 
-def test_an_image_is_slanted_then_turned_then_scaled() -> None:
+def test_an_image_is_scaled_then_turned_then_slanted() -> None:
     image = np.add.outer(100.0 * np.arange(9), np.arange(9)).astype(np.float32)
 
     whole = mapped(image, [1, 1, 0, 0, 1, 0], rotation=90, shear=45, scale=0.5)
@@ -234,15 +234,20 @@ def test_large_images_are_distorted_a_few_at_once(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_array_equal(distort(images, (0,)), whole)
 
 
-def test_any_number_of_images_is_compiled_once() -> None:
+def test_numbers_of_images_are_compiled_for_powers_of_two() -> None:
     distort = distortion((9, 11), **ALL)
-
-    distort(pixels(3, 9, 11), (0,))
     before = _interpolate.experimental_get_tracing_count()
-    for count in (1, 4, 500):
+
+    for count in (129, 130, 200, 256, 140):
         assert len(distort(pixels(count, 9, 11), (0,))) == count
 
-    assert _interpolate.experimental_get_tracing_count() == before
+    assert _interpolate.experimental_get_tracing_count() == before + 1
+
+
+def test_fields_of_the_smallest_images_are_whole() -> None:
+    modes = _smooth_modes((2, 2), 0.05)
+
+    np.testing.assert_allclose(np.square(modes).sum(0), 1, rtol=1e-4)
 
 
 def test_images_of_a_camera_have_fields_too() -> None:

@@ -267,7 +267,7 @@ def optimizer_of(
     name: str, *, steps_per_epoch: int = 10, epochs: int = 3, **fields: Any
 ) -> keras.Optimizer:
     config = replace(compose(f"optimizer={name}").optimizer, **fields)
-    return build_optimizer(config, steps_per_epoch=steps_per_epoch, epochs=epochs)
+    return build_optimizer(config, steps_per_epoch=steps_per_epoch, epochs=epochs, ema_momentum=0.0)
 
 
 def rates_of(optimizer: keras.Optimizer, steps: int) -> npt.NDArray[np.float64]:

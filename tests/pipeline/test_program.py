@@ -224,7 +224,7 @@ def test_a_call_that_fails_leaves_no_trace_in_the_next() -> None:
     failing.model.compile(failing.optimizer)
     failing.optimizer.build(failing.model.trainable_variables)
     with pytest.raises((TypeError, ValueError)):
-        served.train(failing.model, *full, compiled=False)
+        served.train(failing.model, *full, compiled=False, smoothing=0.0)
 
     ours.train()
 

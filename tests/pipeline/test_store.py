@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline import database as database_module
 from pipeline import store as store_module
-from pipeline.config import RunConfig
+from pipeline.config import LATER, RunConfig, flatten
 from pipeline.data import Data, Split, load
 from pipeline.database import analyze
 from pipeline.endings import DivergedError, StopRun
@@ -287,6 +287,28 @@ def test_a_run_is_read_as_it_was_recorded(opened: Store) -> None:
     assert run.tags["trial"] == "3"
     assert run.validation is None
     assert next(search("tags.trial = '3'")) == run
+
+
+TRAINED = {"training.epochs": "4", "training.ema_momentum": "0.5"}
+
+
+@pytest.mark.parametrize(
+    ("tags", "params", "read"),
+    [
+        ({}, TRAINED, {**dict(flatten(LATER)), **TRAINED}),
+        ({"kind": "sweep"}, TRAINED, TRAINED),  # what it searches it has no value of
+        ({}, {"lr": "0.1"}, {"lr": "0.1"}),  # of another program
+    ],
+)
+def test_the_settings_of_a_run_are_completed_by_those_its_version_did_not_have(
+    opened: Store, tags: dict[str, str], params: dict[str, str], read: dict[str, str]
+) -> None:
+    client = MlflowClient()
+    run = client.create_run(opened.experiment_id, tags=tags).info.run_id
+    for name, value in params.items():
+        client.log_param(run, name, value)
+
+    assert read_run(run).params == read
 
 
 def test_a_run_that_goes_on_has_no_duration_and_may_have_no_parent(opened: Store) -> None:

@@ -360,6 +360,14 @@ def test_an_optimizer_is_left_with_the_average_that_the_model_has() -> None:
         np.testing.assert_array_equal(average.numpy(), weight.numpy())
 
 
+@pytest.mark.parametrize("ema_momentum", [0.0, 0.9])
+def test_an_optimizer_of_another_average_is_refused(ema_momentum: float) -> None:
+    net, other = network(ema_momentum=ema_momentum), network(ema_momentum=0.9 - ema_momentum)
+
+    with pytest.raises(ValueError, match=rf"not one for ema_momentum={ema_momentum}\.$"):
+        replace(net, optimizer=other.optimizer).train()
+
+
 def stop_after_2(epoch: int, metrics: Metrics) -> None:
     if epoch == 2:
         raise StopRun
