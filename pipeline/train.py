@@ -180,7 +180,7 @@ def train(
     if augmentation.distorts:
         distort = Distortion(augmentation, data.train.images.shape[1:])
     chunks = _Chunks(program, data, config, seed=seed, compiled=compiled, distort=distort)
-    averaging, optimizer.use_ema = optimizer.use_ema, False  # or `fit` overwrites the average
+    optimizer.use_ema = False  # or `fit` overwrites the average
     model.train_function = chunks.train_function
     try:
         with _Interruption() as interruption:
@@ -198,7 +198,7 @@ def train(
             )
     finally:
         program.release()
-        optimizer.use_ema = averaging
+        optimizer.use_ema = config.ema_momentum > 0
         for slot, weight in averages:
             slot.assign(weight)  # as after a training by Keras
         model.train_function = None

@@ -24,7 +24,7 @@ def run(
     *arguments: str,
     folder: Path,
     command: Sequence[str] = SWEEP,
-    timeout: float = 600,
+    timeout: float = 180,
     environment: Mapping[str, str] = ENVIRONMENT,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of this repository to its end."""

@@ -105,17 +105,23 @@ def tensorflow_products(width: int, batch: int, steps: int) -> Epoch:
     return epoch
 
 
-def times_of(epoch: Epoch) -> list[float]:
+def times_of(epoch: Epoch, rounds: int) -> list[float]:
     """Processor seconds of each epoch, warm-up left out."""
     times = [time.process_time()]
-    for _ in range(WARM_UP + ROUNDS):
+    for _ in range(WARM_UP + rounds):
         epoch()
         times.append(time.process_time())
     return [end - begin for begin, end in pairwise(times)][WARM_UP:]
 
 
 def our_times(
-    images: npt.NDArray[Any], labels: npt.NDArray[Any], width: int, batch: int, compile_: str
+    images: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    width: int,
+    batch: int,
+    *,
+    compile_: str,
+    rounds: int,
 ) -> list[float]:
     """Likewise, of the epochs of one training."""
     from pipeline import model, train
@@ -134,7 +140,7 @@ def our_times(
         digest="",
         source="",
     )
-    training = replace(config.training, batch_size=batch, epochs=WARM_UP + ROUNDS, compile=compile_)
+    training = replace(config.training, batch_size=batch, epochs=WARM_UP + rounds, compile=compile_)
     network = model.build_mlp(replace(config.model, hidden_units=width), data)
     optimizer = model.build_optimizer(
         config.optimizer, steps_per_epoch=1, epochs=1, ema_momentum=config.training.ema_momentum
@@ -152,7 +158,7 @@ def our_times(
     return [end - begin for begin, end in pairwise(times)][WARM_UP:]
 
 
-def measure(width: int, batch: int) -> dict[str, float]:
+def measure(width: int, batch: int, rounds: int) -> dict[str, float]:
     """Processor milliseconds a step, by contestant."""
     flops = sum(2.0 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in products(width, batch))
     steps = min(400, max(5, round(SECONDS * 5e10 / flops)))
@@ -160,11 +166,11 @@ def measure(width: int, batch: int) -> dict[str, float]:
     images = draw(0, 256, (steps * batch, 28, 28), np.uint8)
     labels = draw(0, CLASSES, steps * batch).astype(np.int32)
     times = {
-        NUMPY: times_of(numpy_products(width, batch, steps)),
-        TENSORFLOW: times_of(tensorflow_products(width, batch, steps)),
-        FIT: times_of(stock_fit(images, labels, width, batch)),
-        XLA: our_times(images, labels, width, batch, "always"),
-        PLAIN: our_times(images, labels, width, batch, "never"),
+        NUMPY: times_of(numpy_products(width, batch, steps), rounds),
+        TENSORFLOW: times_of(tensorflow_products(width, batch, steps), rounds),
+        FIT: times_of(stock_fit(images, labels, width, batch), rounds),
+        XLA: our_times(images, labels, width, batch, compile_="always", rounds=rounds),
+        PLAIN: our_times(images, labels, width, batch, compile_="never", rounds=rounds),
     }
     return {name: 1e3 * median(each) / steps for name, each in times.items()}
 
@@ -209,13 +215,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times a training step beside its limit.")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each ({ROUNDS})")
     parser.add_argument("--plot", type=Path, help="file for a picture (.svg or .png)")
     options = parser.parse_args()
     start_libraries()
     from pipeline import train
 
     train.initialize(threads=1, seed=0)
-    figures = {each: measure(*each) for each in product(options.widths, options.batches)}
+    figures = {
+        each: measure(*each, options.rounds) for each in product(options.widths, options.batches)
+    }
     Console(width=100).print(build_table(figures))
     if options.plot:
         draw(figures, options.plot)
