@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from pipeline import start_libraries
 from pipeline.compose import run_cli
 from pipeline.config import AugmentationConfig, RunConfig, without_password
 from pipeline.pages import store_command, ui_command
+from pipeline.summary import Job, summary_table
 
 if TYPE_CHECKING:  # or TensorFlow is imported
     import keras
@@ -263,14 +265,32 @@ def _print_result(result: RunResult, command: str, overrides: list[str]) -> None
     console.print(f"See it: {result.address or ui_command(result.run_id, overrides)}")
 
 
-def main(config: RunConfig, overrides: list[str]) -> None:
+def main(config: RunConfig, overrides: list[str], *, jobs: list[Job]) -> None:
+    """Executes a run and shows it.
+
+    Args:
+        config: The run.
+        overrides: The command line.
+        jobs: The run is added to these, the ones before it of a multirun.
+    """
     command = shlex.join(["python", "-m", "pipeline.run", *overrides])
     with console.status("starting TensorFlow and MLflow"):
         start_libraries()
     with progress(config) as show:
         result = execute_run(config, command, on_epoch_end=show)
     _print_result(result, without_password(command), overrides)
+    jobs.append(Job(overrides=overrides, seed=config.seed, metrics=result.metrics))
+
+
+def _main() -> None:
+    jobs: list[Job] = []
+    try:
+        run_cli("run", RunConfig, partial(main, jobs=jobs))
+    finally:  # also where a job failed, or the others were interrupted
+        if table := summary_table(jobs):
+            console.print("\nMean and standard deviation over the seeds:")
+            console.print(table)
 
 
 if __name__ == "__main__":
-    run_cli("run", RunConfig, main)
+    _main()

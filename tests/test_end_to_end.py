@@ -76,6 +76,21 @@ def test_a_run_ends_with_its_figures_and_the_lines_that_repeat_and_show_it(ended
     )
 
 
+def test_a_multirun_ends_with_mean_and_spread_over_its_seeds(ended: Ended) -> None:
+    found = re.findall(r"^Test accuracy: (0\.\d{4})", ended.out, re.M)
+    first, second = map(float, found)
+    mean, spread = (first + second) / 2, abs(first - second) / 2**0.5
+
+    title, heading, row = ended.out.splitlines()[-3:]
+
+    assert title == "Mean and standard deviation over the seeds:"
+    assert heading.split() == ["seeds", "val_accuracy", "test_accuracy", "seconds"]
+    assert row.startswith("1, 2 ")
+    test_accuracy = re.fullmatch(r"1, 2 +\S+ ±\S+ +(\S+) ±(\S+) +\d+ ±\d+", row)
+    assert test_accuracy
+    assert [*map(float, test_accuracy.groups())] == pytest.approx([mean, spread], abs=1e-4)
+
+
 def test_a_run_shows_every_epoch_and_says_nothing_on_standard_error(ended: Ended) -> None:
     assert len(re.findall(r"^epoch \d of 3 .*val_accuracy", ended.out, re.M)) == 6
     assert ended.err == ""
