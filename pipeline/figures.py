@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,13 @@ def distorted_grid(
     chosen = split.images[:count]
     versions = [chosen, *(distort(chosen, (row,)) for row in range(rows))]
     titles = [class_names[label] for label in split.labels[:count]]
-    heading = "Training images, and what augmentation makes of them"
+    unused = () if config.elastic else ("elastic_sigma",)
+    amounts = [
+        f"{name}={amount:.3g}"
+        for name, amount in asdict(config).items()
+        if amount and name not in unused
+    ]
+    heading = "\n".join(["Training images, and what augmentation makes of them", " ".join(amounts)])
     return _grid(np.concatenate(versions), titles * len(versions), heading)
 
 
@@ -71,14 +78,15 @@ def _grid(images: Array, titles: Sequence[str], heading: str) -> Figure:
     top = math.ceil(lines * _LINE * inch)
     cell_height, cell_width = height + top + gap, width + gap
     canvas = np.full((rows * cell_height, columns * cell_width - gap), np.nan)
-    figure = Figure(figsize=(max(columns * _CELL, _HEADING), rows * cell_height / inch + 0.4))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98 - 0.4 / figure.get_figheight()))
+    above = 0.2 + 0.2 * len(heading.split("\n"))  # inches
+    figure = Figure(figsize=(max(columns * _CELL, _HEADING), rows * cell_height / inch + above))
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98 - above / figure.get_figheight()))
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         y, x = (i // columns) * cell_height + top, (i % columns) * cell_width
         canvas[y : y + height, x : x + width] = image
         text = "\n".join(_shorten(line) for line in title.split("\n"))
-        above = y - 0.5 - 0.03 * inch
-        axes.text(x + width / 2 - 0.5, above, text, ha="center", va="bottom", fontsize=8)
+        bottom = y - 0.5 - 0.03 * inch
+        axes.text(x + width / 2 - 0.5, bottom, text, ha="center", va="bottom", fontsize=8)
     axes.imshow(canvas, cmap="gray_r", interpolation="nearest", vmin=0)
     axes.set_axis_off()
     figure.suptitle(heading, fontsize=11, y=0.99, va="top")

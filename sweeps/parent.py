@@ -87,16 +87,17 @@ def _settings(plan: Plan) -> Mapping[str, Any]:
 
 
 def what(plan: Plan) -> str:
-    """What the sweep does, in a sentence."""
+    """What the sweep does, in a sentence or two."""
     config = plan.config
     names = ", ".join(parameter.name for parameter in plan.space.parameters)
     prunes = len(config.sweep.objectives) == 1 and config.sweep.objectives[0] in METRICS
     pruner = f"the pruner {config.pruner.name}" if prunes else "no pruner"
-    return (
+    sentence = (
         f"A sweep on {config.data.name}: searches {names} for "
         f"{' and '.join(config.sweep.objectives)}, with the sampler {config.sampler.name} and "
         f"{pruner}."
     )
+    return " ".join(filter(None, [sentence, plan.fixed_text]))
 
 
 def sweep_note(parent: Run, board: Board | None, facts: Facts) -> str:
@@ -169,7 +170,8 @@ def baseline(plan: Plan, study: optuna.Study, board: Board | None) -> str:
     ]
     if not found:
         return ""
-    text = f"Baseline, as configured (trial {found[0].number}): {number(found[0].values[0])}"
+    fixed = " but for what the space fixes" if plan.space.fixed else ""
+    text = f"Baseline, as configured{fixed} (trial {found[0].number}): {number(found[0].values[0])}"
     run_id = found[0].user_attrs.get("run_id")
     if not (board and run_id):
         return text

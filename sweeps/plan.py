@@ -70,6 +70,12 @@ class Plan:
             for parameter in self.space.parameters
         }
 
+    @property
+    def fixed_text(self) -> str:
+        """What no trial leaves as configured; empty where that is nothing."""
+        fixed = " ".join(to_override(*item) for item in self.space.fixed.items())
+        return without_password(f"The space fixes {fixed}.") if fixed else ""
+
     def trial_config(self, values: Mapping[str, Value]) -> RunConfig:
         """The run of a trial.
 

@@ -127,6 +127,8 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
             _print_result(plan, study, parent, board, importances(study))
             return
         console.print(f"Sweep {name}: {progress.counts}; {executor.workers} at once.")
+        if fixed := plan.fixed_text:
+            console.print(fixed)
         launcher = Launcher(
             plan=plan,
             study=study,

@@ -286,6 +286,15 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_shows_what_the_space_fixes(tmp_path: Path) -> None:
+    fixed = "+search.space={model.batch_normalization: true}"
+
+    done = call("data=digits", fixed, "sweep.dry_run=true", folder=tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^model\.batch_normalization +fixed: true *$", done.stdout, re.M)
+
+
 @pytest.mark.parametrize(
     ("argument", "tells"),
     [

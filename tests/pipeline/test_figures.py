@@ -29,6 +29,7 @@ CLOTHES = [
 DISTORTING = AugmentationConfig(
     rotation=10, shift=0.1, scale=0.1, shear=10, elastic=0.05, elastic_sigma=0.14
 )
+AMOUNTS = "rotation=10 shift=0.1 scale=0.1 shear=10 elastic=0.05 elastic_sigma=0.14"
 LONG = [f"a class with a rather long name, number {label}" for label in range(10)]
 
 
@@ -175,12 +176,23 @@ def test_images_are_shown_above_what_augmentation_makes_of_them() -> None:
 
     labels = [text.get_text() for text in figure.axes[0].texts]
     canvas = np.ma.getdata(shown(figure))
+    assert figure.get_suptitle().split("\n")[1] == AMOUNTS
     top, *rest = np.split(canvas, 3)
     assert labels == [CLOTHES[label] for label in split.labels[:10]] * 3
     pixels = np.sort(top[np.isfinite(top)])
     np.testing.assert_array_equal(pixels, np.sort(split.images.ravel()))
     versions = [top, *rest]
     assert len({np.nan_to_num(version).tobytes() for version in versions}) == 3
+
+
+def test_distortions_that_are_off_are_not_named_above_the_images() -> None:
+    only = AugmentationConfig(
+        rotation=0, shift=0.0123, scale=0, shear=0, elastic=0, elastic_sigma=0.14
+    )
+
+    figure = figures.distorted_grid(split_of(10), NUMBERS, only)
+
+    assert figure.get_suptitle().split("\n")[1] == "shift=0.0123"
 
 
 def test_mistakes_are_shown_from_the_most_confident_down() -> None:

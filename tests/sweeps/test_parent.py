@@ -259,6 +259,12 @@ def test_a_sweep_that_is_opened_again_has_the_same_run(sweep_of: Open) -> None:
             "A sweep on digits: searches model.hidden_units for val_accuracy and parameters, with "
             "the sampler random and no pruner.",
         ),
+        (
+            ["+search.space={model.activation: gelu, training.early_stopping_patience: null}"],
+            "A sweep on digits: searches model.hidden_units, model.dropout_rate, "
+            "optimizer.learning_rate for val_accuracy, with the sampler tpe and the pruner asha. "
+            "The space fixes model.activation=gelu training.early_stopping_patience=null.",
+        ),
     ],
 )
 def test_a_sweep_is_told_in_a_sentence(arguments: list[str], told: str) -> None:
@@ -471,6 +477,16 @@ def test_a_note_says_what_came_out_how_to_repeat_it_and_how_to_go_on(sweep_of: O
         f"- repeat trial 1: `{sweep.plan.command(best.params)}`",
     ]
     assert go_on == f"Go on, with a larger `sweep.trials`: `{COMMAND}`"
+
+
+def test_a_baseline_is_as_configured_but_for_what_the_space_fixes(sweep_of: Open) -> None:
+    sweep = sweep_of("+search.space={model.activation: gelu}")
+    sweep.tell(mlp(40), 0.5)
+
+    sweep.publish()
+
+    told = "\n- Baseline, as configured but for what the space fixes (trial 0): 0.5000"
+    assert told in sweep.note
 
 
 def test_a_note_before_the_first_complete_trial_says_so(sweep_of: Open) -> None:
