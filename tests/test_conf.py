@@ -112,6 +112,20 @@ def test_every_experiment_can_be_swept(path: Path) -> None:
     assert planned.trial_config({}).training == compose(f"+experiment={path.stem}").training
 
 
+@pytest.mark.parametrize("data", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_every_experiment_changes_its_data_alone_where_others_are_given(
+    path: Path, data: str
+) -> None:
+    mnist, other = (
+        compose(f"+experiment={path.stem}"),
+        compose(f"+experiment={path.stem}", f"data={data}"),
+    )
+
+    assert other.data.name == data
+    assert replace(other, data=mnist.data, tracking=mnist.tracking) == mnist
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_every_file_says_what_it_is(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

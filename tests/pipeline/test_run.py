@@ -16,6 +16,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
+from pipeline.compose import CONF
 from pipeline.config import RunConfig
 from pipeline.data import Data, Split, load
 from pipeline.endings import DivergedError, StopRun
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("tensorflow")
 Configure = Callable[..., RunConfig]
 
 COMMAND = "python -m pipeline.run data=digits training=quick"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,22 @@ def test_the_figures_are_artifacts(recorded: Recorded) -> None:
         "figures/mistakes.png",
     }
     assert all((file.file_size or 0) > 5_000 for file in files)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_on_other_digits_without_change(
+    configure: Configure, tmp_path: Path, empty_database: Path, name: str
+) -> None:
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_database, tmp_path / "mlruns" / "mlflow.db")
+    where = f"tracking.directory={tmp_path / 'mlruns'}"
+    short = ("training.epochs=1", "tracking.figures=false", "evaluate_test=false", where)
+
+    result = execute_run(configure(f"+experiment={name}", "data=digits", *short), COMMAND)
+
+    run = only_run(tmp_path)
+    assert (run.info.run_id, run.info.status) == (result.run_id, "FINISHED")
+    assert result.metrics["best_val_accuracy"] > 0.2  # of ten classes, by chance 0.1
 
 
 def test_a_run_that_distorts_its_images_shows_how(
