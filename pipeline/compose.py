@@ -237,7 +237,9 @@ def run_cli(
     schema: type[T],
     task: Callable[[T, list[str]], None],
     variants: Variants = VARIANTS,
+    *,
     interrupted: str = "Interrupted: a run that was under way is kept, as KILLED.",
+    at_end: Callable[[], None] = lambda: None,
 ) -> None:
     """Composes `conf/<config_name>.yaml` with the command line and calls `task`.
 
@@ -251,6 +253,7 @@ def run_cli(
             of a multirun.
         variants: As in `to_typed`.
         interrupted: Said of an interruption that says nothing itself.
+        at_end: Called after the last job, also where one failed or was interrupted.
     """
     tracebacks = bool(os.environ.get("HYDRA_FULL_ERROR"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way and exits
@@ -277,7 +280,10 @@ def run_cli(
     atexit.register(gc.freeze)  # or the interpreter collects all it has at its end: 0.8 s
     with _errors_in_one_line(config_name, tracebacks, interrupted):
         _check_overrides(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        finally:
+            at_end()
     if failed:
         sys.exit(1)
 

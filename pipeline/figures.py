@@ -19,7 +19,7 @@ _COLUMNS = 10
 _CELL = 1.1  # inches from one image to the next
 _LINE = 0.14  # inches a line of a title takes
 _LETTERS = 15  # of a title that fit above an image
-_HEADING = 6.2  # inches that hold the longest heading
+_HEADING = 7.2  # inches that hold the longest heading
 _MOST_NUMBERS = 20  # classes beyond which a confusion matrix has no room for its numbers
 
 
@@ -39,13 +39,11 @@ def distorted_grid(
     chosen = split.images[:count]
     versions = [chosen, *(distort(chosen, (row,)) for row in range(rows))]
     titles = [class_names[label] for label in split.labels[:count]]
-    unused = () if config.elastic else ("elastic_sigma",)
-    amounts = [
-        f"{name}={amount:.3g}"
-        for name, amount in asdict(config).items()
-        if amount and name not in unused
-    ]
-    heading = "\n".join(["Training images, and what augmentation makes of them", " ".join(amounts)])
+    amounts = {name: amount for name, amount in asdict(config).items() if amount}
+    if not config.elastic:
+        del amounts["elastic_sigma"]
+    listed = " ".join(f"{name}={amount:.3g}" for name, amount in amounts.items())
+    heading = f"Training images, and what augmentation makes of them\n{listed}"
     return _grid(np.concatenate(versions), titles * len(versions), heading)
 
 
@@ -78,15 +76,15 @@ def _grid(images: Array, titles: Sequence[str], heading: str) -> Figure:
     top = math.ceil(lines * _LINE * inch)
     cell_height, cell_width = height + top + gap, width + gap
     canvas = np.full((rows * cell_height, columns * cell_width - gap), np.nan)
-    above = 0.2 + 0.2 * len(heading.split("\n"))  # inches
-    figure = Figure(figsize=(max(columns * _CELL, _HEADING), rows * cell_height / inch + above))
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98 - above / figure.get_figheight()))
+    margin = 0.4 + 0.2 * heading.count("\n")  # inches of the heading
+    figure = Figure(figsize=(max(columns * _CELL, _HEADING), rows * cell_height / inch + margin))
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98 - margin / figure.get_figheight()))
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         y, x = (i // columns) * cell_height + top, (i % columns) * cell_width
         canvas[y : y + height, x : x + width] = image
         text = "\n".join(_shorten(line) for line in title.split("\n"))
-        bottom = y - 0.5 - 0.03 * inch
-        axes.text(x + width / 2 - 0.5, bottom, text, ha="center", va="bottom", fontsize=8)
+        above = y - 0.5 - 0.03 * inch
+        axes.text(x + width / 2 - 0.5, above, text, ha="center", va="bottom", fontsize=8)
     axes.imshow(canvas, cmap="gray_r", interpolation="nearest", vmin=0)
     axes.set_axis_off()
     figure.suptitle(heading, fontsize=11, y=0.99, va="top")

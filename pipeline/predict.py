@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from pipeline import fast_imports, start_libraries
 from pipeline.arrays import Array, Frame, Labels, Stored, find_images, find_labels, fit
 from pipeline.compose import run_cli
 from pipeline.config import PredictConfig
+from pipeline.console import open_console
 from pipeline.pictures import Style, check_picture, prepare, style_of
 
 if TYPE_CHECKING:  # or TensorFlow is imported
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # or TensorFlow is imported
 
     from pipeline.registry import Version
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
+console = open_console()
 
 ROWS = 10  # images of an array that are shown
 # Flags of Hydra's whose value is the next argument.

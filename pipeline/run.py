@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline import start_libraries
 from pipeline.compose import run_cli
 from pipeline.config import AugmentationConfig, RunConfig, without_password
+from pipeline.console import open_console
 from pipeline.pages import store_command, ui_command
 from pipeline.summary import Job, summary_table
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # or TensorFlow is imported
     from pipeline.tracking import Run
     from pipeline.train import EpochHook, History, Metrics
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
+console = open_console()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +271,7 @@ def main(config: RunConfig, overrides: list[str], *, jobs: list[Job]) -> None:
     Args:
         config: The run.
         overrides: The command line.
-        jobs: The run is added to these, the ones before it of a multirun.
+        jobs: Runs of this command line so far; this one is appended.
     """
     command = shlex.join(["python", "-m", "pipeline.run", *overrides])
     with console.status("starting TensorFlow and MLflow"):
@@ -282,15 +282,13 @@ def main(config: RunConfig, overrides: list[str], *, jobs: list[Job]) -> None:
     jobs.append(Job(overrides=overrides, seed=config.seed, metrics=result.metrics))
 
 
-def _main() -> None:
-    jobs: list[Job] = []
-    try:
-        run_cli("run", RunConfig, partial(main, jobs=jobs))
-    finally:  # also where a job failed, or the others were interrupted
-        if table := summary_table(jobs):
-            console.print("\nMean and standard deviation over the seeds:")
-            console.print(table)
+def print_summary(jobs: list[Job]) -> None:
+    """What the runs of a multirun came to, where some differ by their seed alone."""
+    if table := summary_table(jobs):
+        console.print("\nMean and standard deviation over the seeds that finished:")
+        console.print(table)
 
 
 if __name__ == "__main__":
-    _main()
+    finished: list[Job] = []
+    run_cli("run", RunConfig, partial(main, jobs=finished), at_end=partial(print_summary, finished))

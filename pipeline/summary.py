@@ -1,27 +1,30 @@
 """What the runs of one command line (`-m`) came to: mean and spread over the seeds."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
 from rich.table import Table
 
+from pipeline.config import without_password
+
 # Heading, metric, digits.
 _COLUMNS = (
     ("val_accuracy", "saved_val_accuracy", 4),
     ("test_accuracy", "test_accuracy", 4),
-    ("seconds", "fit_seconds", 0),
+    ("seconds", "fit_seconds", 1),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run of several.
+    """One run of a command line.
 
     Attributes:
-        overrides: Its command line.
-        seed: Of it.
-        metrics: Of the whole run.
+        overrides: Of the run.
+        seed: Its `seed`.
+        metrics: As in `pipeline.run.RunResult`.
     """
 
     overrides: Sequence[str]
@@ -30,8 +33,10 @@ class Job:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """All but the seed."""
-        return tuple(each for each in self.overrides if not each.lstrip("+").startswith("seed="))
+        """The overrides, but for the seed."""
+        names = (each.lstrip("+").partition("=")[0] for each in self.overrides)
+        pairs = zip(names, self.overrides, strict=True)
+        return tuple(each for name, each in pairs if name != "seed")
 
 
 def summary_table(jobs: Sequence[Job]) -> Table | None:
@@ -45,25 +50,27 @@ def summary_table(jobs: Sequence[Job]) -> Table | None:
         groups.setdefault(job.settings, {})[job.seed] = job
     if all(len(group) < 2 for group in groups.values()):
         return None
-    table = Table(box=None, pad_edge=False)
+    columns = [column for column in _COLUMNS if any(column[1] in job.metrics for job in jobs)]
     shared = set.intersection(*map(set, groups))
-    if len(groups) > 1:
-        table.add_column("settings")
-    table.add_column("seeds")
-    columns = [each for each in _COLUMNS if all(each[1] in job.metrics for job in jobs)]
+    table = Table(box=None, pad_edge=False)
+    several = len(groups) > 1
+    if several:
+        table.add_column("settings", overflow="fold")
+    table.add_column("seeds", overflow="fold")
     for heading, _, _ in columns:
         table.add_column(heading, justify="right")
     for settings, group in groups.items():
-        own = " ".join(each for each in settings if each not in shared)
-        figures = (
-            _figure([job.metrics[metric] for job in group.values()], digits)
-            for _, metric, digits in columns
-        )
+        own = without_password(shlex.join(each for each in settings if each not in shared))
+        found = list(group.values())
+        figures = (_figure(found, metric, digits) for _, metric, digits in columns)
         seeds = ", ".join(map(str, group))
-        table.add_row(*([own] if len(groups) > 1 else []), seeds, *figures)
+        table.add_row(*([own] if several else []), seeds, *figures)
     return table
 
 
-def _figure(values: Sequence[float], digits: int) -> str:
+def _figure(jobs: Sequence[Job], metric: str, digits: int) -> str:
+    values = [job.metrics[metric] for job in jobs if metric in job.metrics]
+    if not values:
+        return ""
     spread = f" ±{stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"

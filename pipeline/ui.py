@@ -14,14 +14,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from rich.console import Console
-
 from pipeline.compose import Terminated, run_cli
 from pipeline.config import UIConfig, without_password
+from pipeline.console import open_console
 from pipeline.database import analyze, sqlite_path
 from pipeline.pages import RUNS, RUNS_KEY, run_page, runs_page
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
+console = open_console()
 
 HOST = "127.0.0.1"
 LATEST = 5  # runs whose addresses are printed

@@ -2,11 +2,10 @@
 
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import IO, Self
+from typing import Self
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console, Group
@@ -18,7 +17,6 @@ from rich.text import Text
 from pipeline.compose import Value
 from sweeps.config import OBJECTIVES
 
-WIDTH = 10_000  # characters of a line of a file: more than any table needs
 SHOWN = 16  # running trials shown at once
 # In the names of runs alone: the UI cuts long ones.
 SHORT = {
@@ -36,12 +34,6 @@ SHORT = {
     "warmup_epochs": "warmup",
 }
 Z = 1.645  # of the normal distribution: 90 % lie within so many standard deviations
-
-
-def open_console(file: IO[str] | None = None) -> Console:
-    """Prints on a terminal, or into a file, which has no width at which to cut a table."""
-    width = None if (file or sys.stdout).isatty() else WIDTH
-    return Console(file=file, highlight=False, soft_wrap=True, markup=False, width=width)
 
 
 @dataclass(frozen=True, kw_only=True)

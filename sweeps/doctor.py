@@ -12,9 +12,9 @@ from rich.table import Table
 from pipeline import fast_imports
 from pipeline.compose import run_cli
 from pipeline.config import printable, without_password
+from pipeline.console import open_console
 from pipeline.database import sqlite_path, sqlite_uri
 from sweeps.config import DoctorConfig
-from sweeps.display import open_console
 from sweeps.doctor_champion import check_champions
 from sweeps.doctor_files import check_left_overs, check_spool
 from sweeps.doctor_runs import check_runs

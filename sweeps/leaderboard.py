@@ -16,6 +16,7 @@ from rich.text import Text
 
 from pipeline import fast_imports
 from pipeline.compose import run_cli
+from pipeline.console import open_console
 from pipeline.pages import ui_command
 from sweeps.board import (
     Board,
@@ -28,7 +29,7 @@ from sweeps.board import (
     setting,
 )
 from sweeps.config import LeaderboardConfig
-from sweeps.display import duration, last_part, number, open_console, short
+from sweeps.display import duration, last_part, number, short
 from sweeps.trial import METRICS
 
 if TYPE_CHECKING:  # or MLflow is imported

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from pipeline import start_libraries
+from pipeline.console import open_console
 from sweeps.config import PromotionConfig
-from sweeps.display import open_console
 
 if TYPE_CHECKING:  # or MLflow is imported
     from pipeline.registry import Version

@@ -28,7 +28,8 @@ class Plan:
         config: The sweep, and the run it varies.
         space: What is searched.
         known: Configurations that come first, in this order; of a grid, all.
-        baseline: Which of them is the configuration as it stands; that trial is never pruned.
+        baseline: Which of them is the configuration as it stands, but for what the space fixes;
+            that trial is never pruned.
         configured: Value of each name a condition looks at, where it is not searched.
         overrides: Of the command line, those of the run.
         composer: Makes a trial's configuration.
@@ -72,9 +73,9 @@ class Plan:
 
     @property
     def fixed_text(self) -> str:
-        """What no trial leaves as configured; empty where that is nothing."""
+        """What the space fixes, in a sentence; empty where that is nothing."""
         fixed = " ".join(to_override(*item) for item in self.space.fixed.items())
-        return without_password(f"The space fixes {fixed}.") if fixed else ""
+        return f"The space fixes {fixed}." if fixed else ""
 
     def trial_config(self, values: Mapping[str, Value]) -> RunConfig:
         """The run of a trial.

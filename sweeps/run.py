@@ -18,10 +18,11 @@ from optuna.trial import TrialState
 from pipeline import fast_imports
 from pipeline.compose import run_cli
 from pipeline.config import without_password
+from pipeline.console import open_console
 from pipeline.pages import store_command, ui_command
 from sweeps import dry_run
 from sweeps.config import VARIANTS, SweepConfig
-from sweeps.display import Display, Progress, importance_table, open_console
+from sweeps.display import Display, Progress, importance_table
 from sweeps.executors import open_executor
 from sweeps.interruption import held_signals, interruption
 from sweeps.launcher import Launcher

@@ -19,10 +19,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 from pipeline.compose import CONF, to_config, to_typed
 from pipeline.config import RunConfig
+from pipeline.console import open_console
 from pipeline.store import Recorded, connect, open_store, read_run, search
 from pipeline.tracking import Run, create_run
 from sweeps.config import EXECUTORS, PromotionConfig
-from sweeps.display import open_console
 from sweeps.promote import main
 
 PROMOTE = [sys.executable, "-m", "sweeps.promote"]

@@ -83,12 +83,12 @@ def test_a_multirun_ends_with_mean_and_spread_over_its_seeds(ended: Ended) -> No
 
     title, heading, row = ended.out.splitlines()[-3:]
 
-    assert title == "Mean and standard deviation over the seeds:"
+    assert title == "Mean and standard deviation over the seeds that finished:"
     assert heading.split() == ["seeds", "val_accuracy", "test_accuracy", "seconds"]
     assert row.startswith("1, 2 ")
-    test_accuracy = re.fullmatch(r"1, 2 +\S+ ±\S+ +(\S+) ±(\S+) +\d+ ±\d+", row)
+    test_accuracy = re.fullmatch(r"1, 2 +\S+ ±\S+ +(\S+) ±(\S+) +\d+\.\d ±\d+\.\d", row)
     assert test_accuracy
-    assert [*map(float, test_accuracy.groups())] == pytest.approx([mean, spread], abs=1e-4)
+    assert [*map(float, test_accuracy.groups())] == pytest.approx([mean, spread], abs=2e-4)
 
 
 def test_a_run_shows_every_epoch_and_says_nothing_on_standard_error(ended: Ended) -> None:
@@ -133,6 +133,30 @@ def test_an_interrupted_run_is_killed_in_the_store(
     assert time.monotonic() - asked < 10
     assert "Traceback" not in err
     assert query(tmp_path, "SELECT status FROM runs") == [("KILLED",)]
+
+
+def test_a_multirun_that_is_interrupted_ends_with_the_seeds_that_finished(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*RUN, "-m", *QUICK, "training.epochs=60", "seed=-1,1,2,3"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines = iter(process.stdout)
+    next(line for line in lines if "seed=3" in line)
+    next(line for line in lines if line.startswith("epoch"))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    *_, title, heading, row = out.splitlines()
+    assert title == "Mean and standard deviation over the seeds that finished:"
+    assert (heading.split()[0], row.split()[:2]) == ("seeds", ["1,", "2"])
+    refused, interrupted = err.splitlines()
+    assert "seed must be in [0, 2**32), got -1." in refused
+    assert interrupted.startswith("Interrupted")
 
 
 def test_a_full_disk_fails_the_run_with_its_reason_and_spares_the_database(

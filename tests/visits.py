@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from pipeline.compose import CONF, to_typed
+from pipeline.console import open_console
 from sweeps.config import DoctorConfig
-from sweeps.display import open_console
 from sweeps.doctor import UnwellError, main
 from tests.promotions import Here
 

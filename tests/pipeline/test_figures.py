@@ -29,6 +29,9 @@ CLOTHES = [
 DISTORTING = AugmentationConfig(
     rotation=10, shift=0.1, scale=0.1, shear=10, elastic=0.05, elastic_sigma=0.14
 )
+SEARCHED = AugmentationConfig(
+    rotation=12.34, shift=0.0567, scale=0.0789, shear=12.34, elastic=0.0456, elastic_sigma=0.234
+)
 AMOUNTS = "rotation=10 shift=0.1 scale=0.1 shear=10 elastic=0.05 elastic_sigma=0.14"
 LONG = [f"a class with a rather long name, number {label}" for label in range(10)]
 
@@ -161,10 +164,11 @@ def test_the_first_images_are_shown_in_their_order(num_images: int, count: int) 
     ("size", "num_images", "class_names"),
     [((28, 28), 60, CLOTHES), ((8, 8), 1, LONG), ((20, 60), 60, NUMBERS)],
 )
+@pytest.mark.parametrize("amounts", [DISTORTING, SEARCHED])
 def test_distorted_images_can_be_read(
-    size: tuple[int, int], num_images: int, class_names: list[str]
+    size: tuple[int, int], num_images: int, class_names: list[str], amounts: AugmentationConfig
 ) -> None:
-    figure = figures.distorted_grid(split_of(num_images, size=size), class_names, DISTORTING)
+    figure = figures.distorted_grid(split_of(num_images, size=size), class_names, amounts)
 
     assert_readable(figure)
 

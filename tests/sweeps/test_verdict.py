@@ -15,11 +15,11 @@ import pytest
 
 from pipeline.compose import CONF, to_config
 from pipeline.config import RunConfig, without_password
+from pipeline.console import open_console
 from pipeline.registry import Version
 from pipeline.store import Recorded
 from sweeps.candidates import Candidate, Retrained, Source
 from sweeps.config import GateConfig
-from sweeps.display import open_console
 from sweeps.gate import CONFIDENCE, HOLD, PROMOTE, REJECT, Check, beats, compare, interval
 from sweeps.judge import Judgement
 from sweeps.judge import Test as Look  # or pytest takes it for a test
