@@ -282,7 +282,8 @@ def test_a_full_disk_ends_a_sweep_in_one_line_and_spares_what_it_has(
 
 
 def test_two_sweeps_may_be_the_first_to_use_empty_stores(tmp_path: Path) -> None:
-    command = [*SMALL, "training.epochs=1", "sweep.trials=1", "executor.workers=1"]
+    fixed = "+search.space={training.epochs: 1}"
+    command = [*SMALL, fixed, "sweep.trials=1", "executor.workers=1"]
     names = ["north", "south"]
     with ExitStack() as stack:
         sweeps = [
@@ -292,6 +293,9 @@ def test_two_sweeps_may_be_the_first_to_use_empty_stores(tmp_path: Path) -> None
         statuses = [sweep.end() for sweep in sweeps]
 
     assert statuses == [0, 0], [sweep.text for sweep in sweeps]
+    assert ["\nThe space fixes training.epochs=1.\n" in sweep.text for sweep in sweeps] == [
+        True
+    ] * 2
     for name in names:
         check_invariants(tmp_path, name, 1)
     assert len({parent_of(tmp_path, name).run_id for name in names}) == 2
