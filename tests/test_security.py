@@ -189,9 +189,12 @@ def test_nobody_else_reaches_a_worker() -> None:
         wait_until(lambda: len(workers_of(psutil.Process())) == 2)
         now = psutil.Process().children(recursive=True)
         processes = [process for process in now if process not in before]
-        reachable = open_to_others(now)
+        # The server of the workers may be that of an earlier test, whose browser is no worker.
+        servers = [process for process in now if "forkserver" in " ".join(process.cmdline())]
+        reachable = open_to_others([*processes, *servers])
 
     assert len(processes) >= 2
+    assert servers
     assert reachable == []
 
 
