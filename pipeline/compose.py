@@ -340,8 +340,10 @@ def _errors_in_one_line(config_name: str, tracebacks: bool, interrupted: str) ->
             sys.exit(getattr(error, "exit_status", 1))
         # A password shows also in what was to be an address, and is refused as none.
         shown = re.sub(r":(?!//)\S+@", ":***@", without_password(explain(error, config_name)))
-        print(f"Error: {shown}", file=sys.stderr)
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        in_job = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+        job = f"job {HydraConfig.get().job.num}: " if in_job else ""
+        print(f"Error: {job}{shown}", file=sys.stderr)
+        if in_job:
             raise Reported from error  # the other jobs go on
         sys.exit(getattr(error, "exit_status", 1))
 

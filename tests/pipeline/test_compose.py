@@ -144,9 +144,9 @@ def test_a_multirun_tells_each_bad_job_in_one_line_and_goes_on(run: Run, tmp_pat
 
     first, second = ended.stderr.splitlines()
     assert ended.returncode == 1
-    assert first.startswith("Error: ")
+    assert first.startswith("Error: job 0: ")
     assert "seed must be in [0, 2**32), got -1." in first
-    assert second.startswith("Error: ")
+    assert second.startswith("Error: job 1: ")
     assert "seed: Value 'x'" in second
     assert written(tmp_path) == []
 
