@@ -43,7 +43,7 @@ Metrics = dict[str, float]
 EpochHook = Callable[[int, Metrics], None]
 
 # An interruption waits for the end of a call: 0.2 s at 784-512-512-10. More steps gain nothing.
-_STEPS_PER_CALL = 50
+STEPS_PER_CALL = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ def train(
     program = program_for(
         model,
         batch_size=config.batch_size,
-        steps=min(_STEPS_PER_CALL, steps),
+        steps=min(STEPS_PER_CALL, steps),
         smooths=config.label_smoothing > 0,
     )
     distort = None

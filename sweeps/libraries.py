@@ -12,4 +12,4 @@ with suppress(Exception):  # a worker meets it too, and tells
     with fast_imports():
         import pipeline.figures
         import pipeline.run  # noqa: F401
-        import sweeps.launcher  # noqa: F401 (most of what `sweeps.run` imports)
+        import sweeps.trial  # noqa: F401

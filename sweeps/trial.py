@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,41 @@ class Outcome:
 def warm_up() -> None:
     """What a worker does before its first trial."""
     start_libraries()
+
+
+def rehearse(config: RunConfig) -> None:
+    """Does what the first trial of a worker would wait for, while the launcher opens the stores.
+
+    It loads the data, and trains a narrow network on some of it: programs serve any width. A
+    configuration that is refused is for the trials to tell.
+    """
+    from pipeline.evaluate import evaluate
+    from pipeline.model import build_mlp, build_optimizer
+    from pipeline.train import STEPS_PER_CALL, initialize, steps_per_epoch, train
+
+    with suppress(Exception, KeyboardInterrupt):
+        initialize(threads=config.training.threads, seed=config.seed)
+        data, epochs = _load(config.data), config.training.epochs
+        few = slice(STEPS_PER_CALL * config.training.batch_size)
+        split = replace(data.train, images=data.train.images[few], labels=data.train.labels[few])
+        model = build_mlp(replace(config.model, hidden_units=8), data)
+        optimizer = build_optimizer(
+            config.optimizer,
+            steps_per_epoch=steps_per_epoch(len(data.train), config.training),
+            epochs=epochs,
+            ema_momentum=config.training.ema_momentum,
+        )
+        train(
+            model,
+            optimizer,
+            replace(data, train=split),
+            replace(config.training, epochs=1, compile="never"),
+            seed=config.seed,
+            augmentation=config.augmentation,
+            on_epoch_end=lambda epoch, metrics: None,
+        )
+        if data.validation:
+            evaluate(model, data.validation)
 
 
 def run_trial(job: Job) -> Outcome:

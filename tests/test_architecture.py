@@ -97,10 +97,10 @@ def test_only_the_record_of_a_run_asks_for_all_splits_by_name() -> None:
     ("modules", "libraries"),
     [
         ("pipeline.run", (*TRAINING, "mlflow", "optuna")),
-        ("sweeps.run", (*TRAINING, "mlflow")),
+        ("sweeps.sweep", (*TRAINING, "mlflow")),
         ("sweeps.promote, sweeps.doctor, pipeline.predict, pipeline.repeat", (*TRAINING, "mlflow")),
         # What a launcher needs: its workers alone train.
-        ("sweeps.run, sweeps.launcher, sweeps.trial, pipeline.tracking", TRAINING),
+        ("sweeps.sweep, sweeps.launcher, sweeps.trial, pipeline.tracking", TRAINING),
     ],
 )
 def test_what_only_composes_or_launches_imports_no_slow_library(

@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import TrialState
 
+from pipeline import program, train
 from pipeline.config import RunConfig
 from pipeline.owner import machine
 from pipeline.store import open_store
@@ -28,7 +29,8 @@ from pipeline.tracking import create_run
 from sweeps.config import OBJECTIVES, MedianConfig, NoPrunerConfig
 from sweeps.storage import open_storage
 from sweeps.study import open_study
-from sweeps.trial import Job, Outcome, run_trial, warm_up
+from sweeps.trial import Job, Outcome, rehearse, run_trial, warm_up
+from tests.pipeline.test_program import tracings
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
 
@@ -270,6 +272,36 @@ def test_warming_up_a_process_that_is_warm_does_nothing() -> None:
     warm_up()
 
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("compile_", ["always", "never"])
+def test_a_trial_traces_nothing_that_was_rehearsed_and_ends_as_without(
+    ask: Try, compile_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["optimizer.schedule=cosine", f"training.compile={compile_}"]
+    run_trial((trying := ask(*settings)).job)
+    alone = trying.reported
+    program._program.cache_clear()
+    used: list[program.Program] = []
+
+    def keep(*arguments: Any, **named: Any) -> program.Program:
+        used.append(program.program_for(*arguments, **named))
+        return used[-1]
+
+    monkeypatch.setattr(train, "program_for", keep)
+    rehearse(trying.job.config)
+    rehearsed = tracings(used[0])
+    run_trial((again := ask(*settings)).job)
+
+    assert used[0] is used[1]
+    assert rehearsed == [0, 1, 1]
+    assert tracings(used[0]) == [int(compile_ == "always"), 1, 1]
+    assert again.reported == alone
+
+
+def test_what_is_refused_is_not_told_by_its_rehearsal(configure: Configure) -> None:
+    rehearse(configure("data=mnist", "data.path=/nowhere"))
+    rehearse(configure("data=digits", "data.validation_size=1796"))
 
 
 # --- stores that fail --------------------------------------------------------------------
