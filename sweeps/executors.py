@@ -14,7 +14,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Protocol, Self, TypeVar
 
 from sweeps.config import ExecutorConfig, RayConfig
-from sweeps.processes import LIBRARIES, Process, WorkerDiedError, WorkerLostError, kill_server
+from sweeps.processes import LIBRARIES, Process, WorkerDiedError, WorkerLostError
 
 __all__ = [
     "GRACE",
@@ -181,7 +181,6 @@ def open_executor(
     if isinstance(config, RayConfig) and most:
         from sweeps.ray_executor import RayExecutor
 
-        kill_server()  # which the command line may have started: a node's workers have their own
         return RayExecutor(
             config, warm_up, name=name, threads=threads, most=most, addresses=addresses
         )

@@ -176,7 +176,7 @@ class Process:
         self._is_interrupted = True
         if self._process is None:
             if self._starting.locked() and _server() not in _serving:
-                kill_server()  # which has seconds of imports to go, and no worker yet
+                _kill_server()  # which has seconds of imports to go, and no worker yet
         elif self._process.is_alive():
             if self._is_warm:
                 self._process.terminate()
@@ -190,7 +190,7 @@ class Process:
             deadline: As of `time.monotonic`.
         """
         while not self._starting.acquire(timeout=max(_SOON, deadline - time.monotonic())):
-            kill_server()
+            _kill_server()
         self._starting.release()
         if self._process is None:
             return
@@ -199,7 +199,7 @@ class Process:
             self._process.kill()
             self._process.join(_SOON)
         if self._is_forked and self._process.is_alive():  # as far as a server knows that is paused
-            kill_server()
+            _kill_server()
             self._process.join(_SOON)
 
 
@@ -229,7 +229,7 @@ def _server() -> int:
     return forkserver._forkserver._forkserver_pid or 0  # type: ignore[attr-defined]
 
 
-def kill_server() -> None:
+def _kill_server() -> None:
     """With all workers that were forked from it. A next worker starts another one."""
     if number := _server():
         os.kill(number, signal.SIGKILL)

@@ -6,7 +6,7 @@ if __name__ == "__main__":
     from sweeps.processes import LIBRARIES, start_server
 
     given = sys.argv[1:]
-    if not any(word.startswith("-") for word in given):  # as --help
+    if not any(word.startswith("-") or word == "executor=ray" for word in given):  # - as in --help
         start_server(LIBRARIES)  # of the workers: its imports take longest, so they begin first
 
     from pipeline import fast_imports

@@ -10,7 +10,7 @@ PYTHON = [sys.executable, "-m"]
 
 
 def test_a_step_is_shown_beside_its_limit_and_drawn(tmp_path: Path) -> None:
-    few = ["--widths", "16", "--batches", "64", "128", "--rounds", "1"]
+    few = ["--widths", "16", "--batches", "64", "128", "--rounds", "1", "--seconds", "0.001"]
     plot = ["--plot", str(tmp_path / "step.svg")]
 
     done = run(*few, *plot, folder=tmp_path, command=[*PYTHON, "tests.benchmarks.step"])

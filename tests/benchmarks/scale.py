@@ -44,9 +44,10 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.table import Table
 
-import sweeps.executors
 import sweeps.launcher
 import sweeps.study
+import sweeps.sweep
+from pipeline.config import RunConfig
 from sweeps.config import ExecutorConfig
 from sweeps.executors import Executor
 from sweeps.storage import open_storage
@@ -105,6 +106,10 @@ def sleep(job: Job, unit: float, epochs: int) -> Outcome:
     if not epochs:
         time.sleep(seconds)
     return Outcome(state="COMPLETE", values=(value,), epochs=epochs, seconds=seconds)
+
+
+def rest(config: RunConfig) -> None:
+    """In place of `sweeps.trial.rehearse`."""
 
 
 class Thread:
@@ -244,10 +249,11 @@ def run_row(row: dict[str, Any], folder: str) -> dict[str, float]:
     with ExitStack() as stack:
         trial = partial(sleep, unit=row["seconds"], epochs=row["epochs"])
         stack.enter_context(patch.object(sweeps.launcher, "run_trial", trial))
+        stack.enter_context(patch.object(sweeps.sweep, "rehearse", rest))
         stack.enter_context(patch.object(sweeps.launcher.Launcher, "run", measured))
         stack.enter_context(patch.object(sweeps.study.Asker, "ask", timed(ask, asks)))
         if row["on"] == "threads":
-            stack.enter_context(patch.object(sweeps.executors, "open_executor", open_threads))
+            stack.enter_context(patch.object(sweeps.sweep, "open_executor", open_threads))
         counts = stack.enter_context(counting_connections(row["study"]))
         ended = call(*row["arguments"], folder=Path(folder))
     if ended.returncode:

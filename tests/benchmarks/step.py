@@ -158,10 +158,10 @@ def our_times(
     return [end - begin for begin, end in pairwise(times)][WARM_UP:]
 
 
-def measure(width: int, batch: int, rounds: int) -> dict[str, float]:
+def measure(width: int, batch: int, rounds: int, seconds: float) -> dict[str, float]:
     """Processor milliseconds a step, by contestant."""
     flops = sum(2.0 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in products(width, batch))
-    steps = min(400, max(5, round(SECONDS * 5e10 / flops)))
+    steps = min(400, max(5, round(seconds * 5e10 / flops)))
     draw = np.random.default_rng(0).integers
     images = draw(0, 256, (steps * batch, 28, 28), np.uint8)
     labels = draw(0, CLASSES, steps * batch).astype(np.int32)
@@ -216,6 +216,9 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each ({ROUNDS})")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"of an epoch of products ({SECONDS})"
+    )
     parser.add_argument("--plot", type=Path, help="file for a picture (.svg or .png)")
     options = parser.parse_args()
     start_libraries()
@@ -223,7 +226,8 @@ def main() -> None:
 
     train.initialize(threads=1, seed=0)
     figures = {
-        each: measure(*each, options.rounds) for each in product(options.widths, options.batches)
+        each: measure(*each, options.rounds, options.seconds)
+        for each in product(options.widths, options.batches)
     }
     Console(width=100).print(build_table(figures))
     if options.plot:
