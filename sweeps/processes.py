@@ -89,7 +89,7 @@ class Process:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._starting = threading.Lock()
         self._is_warm = self._is_interrupted = False
-        self._is_forked = imports is not None and start_server(imports)
+        self._is_forked = imports is not None and _has_server(imports)
         if not self._is_forked:
             self._start()
 
@@ -203,16 +203,21 @@ class Process:
             self._process.join(_SOON)
 
 
-def start_server(imports: Sequence[str]) -> bool:
-    """Unless there is one; returns whether there is.
+def start_server(imports: Sequence[str]) -> None:
+    """Unless there is one. A server that ends takes its workers with it.
 
-    Python's own has a socket in the folder of temporary files, whose path may be too long. A server
-    that ends takes its workers with it.
+    Raises:
+        OSError: None can be: Python's own has a socket in the folder of temporary files, whose path
+            may be too long.
     """
     _FORK.set_forkserver_preload(["sweeps.fork_server", *imports])
+    with _sigint_blocked():
+        forkserver.ensure_running()
+
+
+def _has_server(imports: Sequence[str]) -> bool:
     try:
-        with _sigint_blocked():
-            forkserver.ensure_running()
+        start_server(imports)
     except OSError as error:
         _tell_once(str(error))
         return False

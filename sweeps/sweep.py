@@ -56,19 +56,19 @@ class SweepFailedError(OSError):
     """The sweep cannot go on; what it has is kept."""
 
 
-def command(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Reads the command line `python -m sweeps.run`, and does what it says."""
     sys.argv[1:], searched = split_command_line(arguments)
     run_cli(
         "sweep",
         SweepConfig,
-        partial(main, searched=searched, arguments=arguments),
+        partial(start, searched=searched, arguments=arguments),
         VARIANTS,
         interrupted="Interrupted: no trial was running.",
     )
 
 
-def main(
+def start(
     config: SweepConfig, overrides: list[str], *, searched: dict[str, str], arguments: list[str]
 ) -> None:
     """Runs a sweep, or goes on with it.
@@ -119,14 +119,13 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
             )
         )
         warn_of_connections(storage, executor.workers)
-        first = plan.trial_config(plan.known[0] if plan.known else {})
-        for _ in range(executor.workers):
-            executor.submit(rehearse, first)
         with fast_imports():  # while the workers start
             from pipeline.data import load
             from pipeline.store import open_store
             from pipeline.tracking import replay_left
-        data = load(plan.config.data)
+        data = load(plan.config.data)  # before the workers do, which find what was downloaded
+        for _ in range(executor.workers):
+            executor.submit(rehearse, plan.trial_config({}))
         received = stack.enter_context(held_signals(console, command))
         patience = plan.config.sweep.patience
         database = patient_storage(storage, patience, lambda: bool(received))

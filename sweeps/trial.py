@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,9 +23,13 @@ from sweeps.storage import patient_storage
 from sweeps.study import build_pruner
 
 if TYPE_CHECKING:  # or TensorFlow is imported, which the launcher does without
-    from pipeline.data import Data
+    from pipeline.data import Data, Split
     from pipeline.tracking import Run
     from pipeline.train import EpochHook, Metrics
+
+log = logging.getLogger(__name__)
+
+_NARROW = 8  # hidden units of a rehearsal
 
 # Metric of a run that an objective is.
 METRICS = {"val_accuracy": "saved_val_accuracy", "val_loss": "saved_val_loss"}
@@ -101,29 +105,33 @@ def warm_up() -> None:
 def rehearse(config: RunConfig) -> None:
     """Does what the first trial of a worker would wait for, while the launcher opens the stores.
 
-    It loads the data, and trains a narrow network on some of it: programs serve any width. A
-    configuration that is refused is for the trials to tell.
+    It loads the data, and trains a narrow network on some of it: programs serve any width. What
+    fails is for the trials to tell.
     """
+    if _loaded:  # a worker that has rehearsed, or done a trial
+        return
     from pipeline.evaluate import evaluate
     from pipeline.model import build_mlp, build_optimizer
     from pipeline.train import STEPS_PER_CALL, initialize, steps_per_epoch, train
 
-    with suppress(Exception, KeyboardInterrupt):
+    try:
         initialize(threads=config.training.threads, seed=config.seed)
         data, epochs = _load(config.data), config.training.epochs
-        few = slice(STEPS_PER_CALL * config.training.batch_size)
-        split = replace(data.train, images=data.train.images[few], labels=data.train.labels[few])
-        model = build_mlp(replace(config.model, hidden_units=8), data)
+        steps = steps_per_epoch(len(data.train), config.training)
+        rows = STEPS_PER_CALL * config.training.batch_size
+        validation = data.validation and _first(data.validation, rows)
+        data = replace(data, train=_first(data.train, rows), validation=validation)
+        model = build_mlp(replace(config.model, hidden_units=_NARROW), data)
         optimizer = build_optimizer(
             config.optimizer,
-            steps_per_epoch=steps_per_epoch(len(data.train), config.training),
+            steps_per_epoch=steps,
             epochs=epochs,
             ema_momentum=config.training.ema_momentum,
         )
         train(
             model,
             optimizer,
-            replace(data, train=split),
+            data,
             replace(config.training, epochs=1, compile="never"),
             seed=config.seed,
             augmentation=config.augmentation,
@@ -131,6 +139,12 @@ def rehearse(config: RunConfig) -> None:
         )
         if data.validation:
             evaluate(model, data.validation)
+    except Exception as error:
+        log.debug("no rehearsal: %s", _reason(error))
+
+
+def _first(split: Split, rows: int) -> Split:
+    return replace(split, images=split.images[:rows], labels=split.labels[:rows])
 
 
 def run_trial(job: Job) -> Outcome:

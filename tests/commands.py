@@ -123,6 +123,8 @@ def start(module: str, *arguments: str, folder: Path, trapped: bool = True) -> E
         folder: In which it is started.
         trapped: Whether it ends where it goes on to import what takes seconds.
     """
+    if module == "sweeps.run" or not trapped:
+        start_server(LIBRARIES)  # for all workers to come: not in that folder
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
     status: int | None = 0
@@ -154,7 +156,6 @@ def call(*arguments: str, folder: Path, command: Sequence[str] = SWEEP) -> Compl
         folder: In which it is started.
         command: Of this repository.
     """
-    start_server(LIBRARIES)  # for all workers to come: not in that folder
     ended = start(command[-1], *arguments, folder=folder, trapped=False)
     assert ended.status is not None
     return CompletedProcess([*command, *arguments], ended.status, ended.out, ended.err)

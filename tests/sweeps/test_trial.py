@@ -282,6 +282,7 @@ def test_a_trial_traces_nothing_that_was_rehearsed_and_ends_as_without(
     run_trial((trying := ask(*settings)).job)
     alone = trying.reported
     program._program.cache_clear()
+    monkeypatch.setattr("sweeps.trial._loaded", {})  # as in a new worker
     used: list[program.Program] = []
 
     def keep(*arguments: Any, **named: Any) -> program.Program:
@@ -299,9 +300,16 @@ def test_a_trial_traces_nothing_that_was_rehearsed_and_ends_as_without(
     assert again.reported == alone
 
 
-def test_what_is_refused_is_not_told_by_its_rehearsal(configure: Configure) -> None:
-    rehearse(configure("data=mnist", "data.path=/nowhere"))
-    rehearse(configure("data=digits", "data.validation_size=1796"))
+def test_what_is_refused_is_told_by_the_trial_not_by_its_rehearsal(
+    ask: Try, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweeps.trial._loaded", {})
+    job = ask("data.validation_size=1436").job
+
+    rehearse(job.config)
+
+    assert [record.levelname for record in caplog.records] in ([], ["DEBUG"])
+    assert "data.validation_size=1436: cannot draw" in run_trial(job).reason
 
 
 # --- stores that fail --------------------------------------------------------------------
