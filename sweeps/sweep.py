@@ -124,8 +124,9 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
             from pipeline.store import open_store
             from pipeline.tracking import replay_left
         data = load(plan.config.data)  # before the workers do, which find what was downloaded
+        usual = plan.trial_config({})
         for _ in range(executor.workers):
-            executor.submit(rehearse, plan.trial_config({}))
+            executor.submit(rehearse, usual)
         received = stack.enter_context(held_signals(console, command))
         patience = plan.config.sweep.patience
         database = patient_storage(storage, patience, lambda: bool(received))
