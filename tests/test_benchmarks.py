@@ -28,7 +28,7 @@ def test_what_a_run_costs_beyond_training_is_split_by_part(tmp_path: Path, mnist
     environment = {**ENVIRONMENT, "MNIST_NPZ": str(mnist_npz)}
 
     done = run(
-        *("--rounds", "1"),
+        *("--rounds", "1", "--images", "1000"),
         folder=tmp_path,
         command=[*PYTHON, "tests.benchmarks.overhead"],
         environment=environment,

@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -51,12 +52,13 @@ TRIALS = [  # overrides; each width is new to XLA once
     ("XLA, a width seen before", ["model.hidden_units=512", "training.compile=always"]),
     ("XLA, a new width", ["model.hidden_units=600", "training.compile=always"]),
 ]
-SHORT = ["data=mnist", "data.train_size=20000", "data.validation_size=5000", "training.epochs=2"]
+IMAGES = 20_000
+SHORT = ["data=mnist", "data.validation_size=5000", "training.epochs=2", "evaluate_test=false"]
 
 
-def compose(*overrides: str) -> RunConfig:
+def compose(images: int, *overrides: str) -> RunConfig:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return to_config(hydra.compose("run", [*SHORT, "evaluate_test=false", *overrides]))
+        return to_config(hydra.compose("run", [*SHORT, f"data.train_size={images}", *overrides]))
 
 
 def seconds_of_command(arguments: list[str]) -> float:
@@ -65,30 +67,26 @@ def seconds_of_command(arguments: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def seconds_to_start(overrides: list[str], folder: Path) -> float:
+def seconds_to_start(overrides: list[str], images: int, folder: Path) -> float:
     """Of a run: its first epoch, from the start of all, beyond its second."""
     from pipeline.run import execute_run
 
     times = [time.perf_counter()]
     execute_run(
-        compose(*overrides, f"tracking.directory={folder}", "tracking.figures=false"),
+        compose(images, *overrides, f"tracking.directory={folder}", "tracking.figures=false"),
         "",
         on_epoch_end=lambda epoch, metrics: times.append(time.perf_counter()),
-        data=_loaded(),
+        data=_loaded(images),
     )
     first, second = (end - begin for begin, end in pairwise(times))
     return first - second
 
 
-_data: list[Any] = []
-
-
-def _loaded() -> Any:
+@cache
+def _loaded(images: int) -> Any:
     from pipeline.data import load
 
-    if not _data:
-        _data.append(load(compose().data))
-    return _data[0]
+    return load(compose(images).data)
 
 
 class Stopwatch(ExitStack):
@@ -114,7 +112,7 @@ class Stopwatch(ExitStack):
         return timed
 
 
-def seconds_of_parts(folder: Path) -> dict[str, float]:
+def seconds_of_parts(images: int, folder: Path) -> dict[str, float]:
     from pipeline import evaluate, model, run, tracking, train
 
     with Stopwatch() as watch:
@@ -125,8 +123,8 @@ def seconds_of_parts(folder: Path) -> dict[str, float]:
         watch.watch("record the predictions", tracking.Run, "log_predictions")
         watch.watch("record the model", tracking.Run, "log_model")
         watch.watch("whole", run, "execute_run")
-        config = compose(f"tracking.directory={folder}", "tracking.figures=false")
-        run.execute_run(config, "", data=_loaded())
+        config = compose(images, f"tracking.directory={folder}", "tracking.figures=false")
+        run.execute_run(config, "", data=_loaded(images))
     seconds = dict(watch.seconds)
     seconds["train"] -= seconds["record the epochs"]
     whole = seconds.pop("whole")
@@ -136,7 +134,11 @@ def seconds_of_parts(folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times what is not training.")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each ({ROUNDS})")
-    rounds = parser.parse_args().rounds
+    parser.add_argument(
+        "--images", type=int, default=IMAGES, help=f"a trial trains on ({IMAGES:,})"
+    )
+    arguments = parser.parse_args()
+    rounds, images = arguments.rounds, arguments.images
     table = Table(title="Beyond training", caption=describe(), show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -157,10 +159,10 @@ def main() -> None:
     section("imports", {"TensorFlow, Keras, MLflow": time.perf_counter() - start})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _loaded()
-        starts = {what: seconds_to_start(each, folder) for what, each in TRIALS}
+        _loaded(images)
+        starts = {what: seconds_to_start(each, images, folder) for what, each in TRIALS}
         section("a trial, until it trains", starts)
-        runs = [seconds_of_parts(folder) for _ in range(rounds)]
+        runs = [seconds_of_parts(images, folder) for _ in range(rounds)]
         section("a run of 2 epochs", {part: median(run[part] for run in runs) for part in runs[0]})
     Console(width=100).print(table)
 
