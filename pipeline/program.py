@@ -5,7 +5,8 @@ than a short training. But for the width of its hidden layers, its dropout rate 
 rate, most models of a sweep are alike: that is their outline. A program has a network of that
 outline, whose variables take arrays of any width, and serves one model after another: a call takes
 the model's values, does many steps of Keras' own `train_step` in one loop, and gives them back. So
-TensorFlow traces once an outline, and XLA compiles once a width. Other numbers of a model or its
+TensorFlow traces once an outline, and XLA compiles once a width. Where XLA does not compile, an
+update of a weight is one operation (`pipeline.fused`). Other numbers of a model or its
 optimizer, such as a momentum or a penalty, are constants of a program: a model with others has its
 own. How smooth the labels are, and how slow an average of the weights, is no constant.
 """
@@ -25,6 +26,7 @@ import keras
 import tensorflow as tf
 
 from pipeline.dropout import HashedDropout
+from pipeline.fused import FUSED, FusedRMSprop
 
 LOSS = "sparse_categorical_crossentropy"  # categorical cross-entropy of one-hot labels
 _EVALUATED = 2_000  # images at once: bounds the memory of the activations
@@ -112,7 +114,7 @@ class Program:
             )
             rate = optimizer["config"]["learning_rate"]
             optimizer["config"]["ema_momentum"] = 0.0
-            self.optimizer = keras.optimizers.deserialize(copy.deepcopy(optimizer))  # it changes it
+            self.optimizer = _optimizer(copy.deepcopy(optimizer))  # Keras changes it
             self._rates: dict[str, tf.Variable] = {}
             if isinstance(rate, dict):
                 schedule = keras.optimizers.schedules.deserialize(rate)
@@ -193,6 +195,11 @@ class Program:
         """Frees the memory of the last model's values."""
         for variable, value in zip(self._variables, self._initial, strict=True):
             variable.value.assign(value)
+        self._resize()
+
+    def _resize(self) -> None:
+        if isinstance(self.optimizer, FusedRMSprop):
+            self.optimizer.resize()
 
     @contextmanager
     def _lent_to(
@@ -223,6 +230,7 @@ class Program:
             theirs = [*model.variables, *model.optimizer.variables]
             for own, other in zip(variables, theirs, strict=True):
                 own.value.assign(other.value)
+            self._resize()
             yield
             for own, other in zip(variables, theirs, strict=True):
                 other.value.assign(own.value)
@@ -239,7 +247,8 @@ class Program:
         targets = targets * (1.0 - self._smoothing) + self._smoothing / classes
         return keras.losses.categorical_crossentropy(targets, probabilities)
 
-    def _train_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
+    def _train_step(self, images: tf.Tensor, labels: tf.Tensor, *, fused: bool) -> None:
+        self.optimizer.fused = fused
         self.model.train_step((images, labels))
         is_first = tf.equal(self.optimizer.iterations, 1)
         momentum = tf.where(is_first, 0.0, self._ema_momentum)
@@ -251,7 +260,7 @@ class Program:
 
         def step(i: tf.Tensor) -> None:
             batch = slice(i * size, (i + 1) * size)
-            self._train_step(images[batch], labels[batch])
+            self._train_step(images[batch], labels[batch], fused=True)
 
         _repeat(step, (tf.shape(labels)[0] + size - 1) // size)
 
@@ -259,7 +268,11 @@ class Program:
         shape = (self.steps, self.batch_size)
         images = tf.reshape(images, (*shape, *images.shape[1:]))
         labels = tf.reshape(labels, shape)
-        _repeat(lambda i: self._train_step(images[i], labels[i]), count)
+
+        def step(i: tf.Tensor) -> None:
+            self._train_step(images[i], labels[i], fused=False)  # by XLA
+
+        _repeat(step, count)
 
     def _evaluate_rows(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         def step(i: tf.Tensor) -> None:
@@ -286,6 +299,12 @@ class _OpenDense(keras.layers.Dense):  # type: ignore[misc]
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         outputs = keras.ops.matmul(inputs, self.kernel)
         return self.activation(tf.nn.bias_add(outputs, self.bias) if self.use_bias else outputs)
+
+
+def _optimizer(serialized: dict[str, Any]) -> keras.Optimizer:
+    if fused := FUSED.get(serialized["class_name"]):
+        return fused.from_config(serialized["config"])
+    return keras.optimizers.deserialize(serialized)
 
 
 def _layer(serialized: dict[str, Any], width: int) -> keras.Layer:
