@@ -1,8 +1,9 @@
 """Dropout masks from an integer hash while a model trains.
 
 Keras draws masks with the Philox generator, which XLA computes slowly on a CPU: it took a third of
-a training step of 784-512-512-10. A counter-based hash needs less than a tenth of that. Only the training
-draws differently: the layer, what is saved of it and what it does at inference stay Keras' own.
+a training step of 784-512-512-10. A counter-based hash needs less than a tenth of that. Only the
+training draws differently: the layer, what is saved of it and what it does at inference stay Keras'
+own.
 """
 
 import keras

@@ -6,9 +6,9 @@ rate, most models of a sweep are alike: that is their outline. A program has a n
 outline, whose variables take arrays of any width, and serves one model after another: a call takes
 the model's values, does many steps of Keras' own `train_step` in one loop, and gives them back. So
 TensorFlow traces once an outline, and XLA compiles once a width. Where XLA does not compile, an
-update of a weight is one operation (`pipeline.fused`). Other numbers of a model or its
-optimizer, such as a momentum or a penalty, are constants of a program: a model with others has its
-own. How smooth the labels are, and how slow an average of the weights, is no constant.
+update of a weight is one operation (`pipeline.fused`). Other numbers of a model or its optimizer,
+such as a momentum or a penalty, are constants of a program: a model with others has its own. How
+smooth the labels are, and how slow an average of the weights, is no constant.
 """
 
 from __future__ import annotations
