@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+_GOLDEN = 0x9E3779B9  # 2**32 divided by the golden ratio: Knuth, "Sorting and Searching", 6.4
+
 
 class HashedDropout(keras.layers.Dropout):  # type: ignore[misc]
     """Keras' `Dropout` but for its masks, and with a rate that may change after it was traced.
@@ -25,12 +27,12 @@ class HashedDropout(keras.layers.Dropout):  # type: ignore[misc]
         if not training:
             return inputs
         stream, count = tf.unstack(tf.cast(self.seed_generator.next(), tf.uint32))
-        key = _hash(stream + count)
+        key = _hash(_hash(stream) + count)
         shape = tf.shape(inputs)
         index = tf.bitcast(tf.reshape(tf.range(tf.reduce_prod(shape)), shape), tf.uint32)
-        drawn = _hash(index + key, key * tf.constant(0x9E3779B9, tf.uint32))
+        drawn = _hash(index + key, key * tf.constant(_GOLDEN, tf.uint32))
         dropped = tf.minimum(tf.round(self.open_rate * 2.0**32), 2.0**32 - 1)
-        keep = tf.cast(drawn >= tf.cast(dropped, tf.uint32), inputs.dtype)
+        keep = tf.cast(drawn >= tf.cast(dropped, tf.uint32), inputs.dtype)  # `tf.where` is slow
         return inputs * (keep / tf.cast(1.0 - self.open_rate, inputs.dtype))
 
 
@@ -53,9 +55,10 @@ def _dropout_layers(model: keras.Model) -> list[keras.layers.Dropout]:
 
 
 def _hash(x: tf.Tensor, key: int | tf.Tensor = 0) -> tf.Tensor:
-    """`lowbias32` of Wellons, "Prospecting for Hash Functions" (2018), keyed midway.
+    """`lowbias32` of Wellons, "Prospecting for Hash Functions" (2018), with a key midway.
 
-    A bijection on uint32. Its last step is left out, which changes the lower half of the bits.
+    Of indices that follow one another, a key added before alone would give shifted copies. Its last
+    step, left out here, changes the lower half of the bits.
     """
     x = _fold(x, 16) * tf.constant(0x7FEB352D, tf.uint32)
     return _fold(x ^ key, 15) * tf.constant(0x846CA68B, tf.uint32)

@@ -28,7 +28,7 @@ _INITIALIZERS = {
 }
 # float32: weight, gradient and two moments; these before a call, lent to the program and while they
 # are computed; the copy of the best epoch; an average of the weights, and lent. With one moment and
-# no average, ten were measured.
+# no average, ten were measured, to which RMSprop's spare array came.
 _BYTES_A_PARAMETER = 15 * 4
 
 

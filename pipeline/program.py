@@ -26,7 +26,7 @@ import keras
 import tensorflow as tf
 
 from pipeline.dropout import HashedDropout
-from pipeline.fused import FUSED, FusedRMSprop
+from pipeline.fused import FUSED
 
 LOSS = "sparse_categorical_crossentropy"  # categorical cross-entropy of one-hot labels
 _EVALUATED = 2_000  # images at once: bounds the memory of the activations
@@ -114,7 +114,8 @@ class Program:
             )
             rate = optimizer["config"]["learning_rate"]
             optimizer["config"]["ema_momentum"] = 0.0
-            self.optimizer = _optimizer(copy.deepcopy(optimizer))  # Keras changes it
+            fused = FUSED[optimizer["class_name"]]
+            self.optimizer = fused.from_config(copy.deepcopy(optimizer["config"]))  # it changes it
             self._rates: dict[str, tf.Variable] = {}
             if isinstance(rate, dict):
                 schedule = keras.optimizers.schedules.deserialize(rate)
@@ -193,13 +194,14 @@ class Program:
 
     def release(self) -> None:
         """Frees the memory of the last model's values."""
-        for variable, value in zip(self._variables, self._initial, strict=True):
-            variable.value.assign(value)
-        self._resize()
-
-    def _resize(self) -> None:
-        if isinstance(self.optimizer, FusedRMSprop):
-            self.optimizer.resize()
+        if not self._lending.acquire(blocking=False):
+            return  # another thread trains by it
+        try:
+            for variable, value in zip(self._variables, self._initial, strict=True):
+                variable.value.assign(value)
+            self.optimizer.reset()
+        finally:
+            self._lending.release()
 
     @contextmanager
     def _lent_to(
@@ -230,7 +232,6 @@ class Program:
             theirs = [*model.variables, *model.optimizer.variables]
             for own, other in zip(variables, theirs, strict=True):
                 own.value.assign(other.value)
-            self._resize()
             yield
             for own, other in zip(variables, theirs, strict=True):
                 other.value.assign(own.value)
@@ -247,8 +248,7 @@ class Program:
         targets = targets * (1.0 - self._smoothing) + self._smoothing / classes
         return keras.losses.categorical_crossentropy(targets, probabilities)
 
-    def _train_step(self, images: tf.Tensor, labels: tf.Tensor, *, fused: bool) -> None:
-        self.optimizer.fused = fused
+    def _train_step(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         self.model.train_step((images, labels))
         is_first = tf.equal(self.optimizer.iterations, 1)
         momentum = tf.where(is_first, 0.0, self._ema_momentum)
@@ -257,10 +257,12 @@ class Program:
 
     def _any_rows(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         size = self.batch_size
+        self.optimizer.fused = True
+        self.optimizer.reset()
 
         def step(i: tf.Tensor) -> None:
             batch = slice(i * size, (i + 1) * size)
-            self._train_step(images[batch], labels[batch], fused=True)
+            self._train_step(images[batch], labels[batch])
 
         _repeat(step, (tf.shape(labels)[0] + size - 1) // size)
 
@@ -268,11 +270,8 @@ class Program:
         shape = (self.steps, self.batch_size)
         images = tf.reshape(images, (*shape, *images.shape[1:]))
         labels = tf.reshape(labels, shape)
-
-        def step(i: tf.Tensor) -> None:
-            self._train_step(images[i], labels[i], fused=False)  # by XLA
-
-        _repeat(step, count)
+        self.optimizer.fused = False  # XLA does that itself
+        _repeat(lambda i: self._train_step(images[i], labels[i]), count)
 
     def _evaluate_rows(self, images: tf.Tensor, labels: tf.Tensor) -> None:
         def step(i: tf.Tensor) -> None:
@@ -299,12 +298,6 @@ class _OpenDense(keras.layers.Dense):  # type: ignore[misc]
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         outputs = keras.ops.matmul(inputs, self.kernel)
         return self.activation(tf.nn.bias_add(outputs, self.bias) if self.use_bias else outputs)
-
-
-def _optimizer(serialized: dict[str, Any]) -> keras.Optimizer:
-    if fused := FUSED.get(serialized["class_name"]):
-        return fused.from_config(serialized["config"])
-    return keras.optimizers.deserialize(serialized)
 
 
 def _layer(serialized: dict[str, Any], width: int) -> keras.Layer:

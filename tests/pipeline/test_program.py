@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from pipeline import program
 from pipeline.data import Data, Split
+from pipeline.endings import DivergedError
 from pipeline.program import Program, program_for
 from tests.pipeline.test_train import EVERYTHING, Network, assert_equal_weights, first, network
 
@@ -212,8 +213,8 @@ def test_a_program_keeps_nothing_of_the_models_it_has_trained() -> None:
     net.train()
 
     served = program_of(net)
-    sizes = [np.size(variable.value.numpy()) for variable in served._variables]
-    assert sum(sizes) < 1_000 < net.model.count_params()
+    kept = [variable.value for variable in served._variables] + served.optimizer._spare
+    assert sum(np.size(array.numpy()) for array in kept) < 1_000 < net.model.count_params()
 
 
 def test_a_call_that_fails_leaves_no_trace_in_the_next() -> None:
@@ -241,6 +242,71 @@ def test_two_threads_do_not_train_by_one_program_at_once() -> None:
         pytest.raises(RuntimeError, match="another thread"),
     ):
         served.evaluate(net.model, tf.zeros((1, 8, 8), tf.uint8), tf.zeros(1, tf.int32))
+
+
+def test_a_thread_that_was_refused_leaves_the_other_its_values() -> None:
+    served, net = program_of(small()), small()
+    net.model.compile(net.optimizer)
+    net.optimizer.build(net.model.trainable_variables)
+
+    with served._lent_to(net.model, served._variables):
+        served.release()
+
+        assert_equal_weights(served.model, net.model)
+
+
+@pytest.mark.parametrize(
+    ("option", "optimizer", "operation"),
+    [
+        ("optimizer=sgd", {"momentum": 0.0, "nesterov": False}, "ResourceApplyGradientDescent"),
+        ("optimizer=sgd", {"momentum": 0.9}, "ResourceApplyKerasMomentum"),
+        ("optimizer=rmsprop", {}, "ResourceApplyRMSProp"),
+        ("optimizer=adam", {}, "ResourceApplyAdam"),
+    ],
+)
+def test_an_update_is_one_operation_where_xla_does_not_compile(
+    option: str, optimizer: dict[str, Any], operation: str
+) -> None:
+    net = small(option, optimizer=optimizer)
+    served = program_of(net)
+
+    any_rows, full = (operations(each) for each in (served._train_any, served._train_full))
+
+    assert any_rows.count(operation) == len(net.model.trainable_variables)
+    assert operation not in full
+    assert not any(each.startswith("ResourceApply") for each in full)
+
+
+def operations(function: Any) -> list[str]:
+    """Kinds of operations of a traced function, in its loop too."""
+    graph = function.get_concrete_function().graph.as_graph_def()
+    inner = [node.op for each in graph.library.function for node in each.node_def]
+    return [node.op for node in graph.node] + inner
+
+
+@pytest.mark.parametrize("option", ["optimizer=rmsprop", "optimizer=adam"])
+def test_a_training_that_diverged_leaves_no_trace_in_the_next(option: str) -> None:
+    ours, alone = small(option), small(option)
+    alone.train()
+    program._program.cache_clear()
+    with pytest.raises(DivergedError):
+        small(option, optimizer={"learning_rate": 1e38}).train()
+
+    ours.train()
+
+    assert program._program.cache_info().currsize == 1
+    assert_equal_weights(ours.model, alone.model)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_what_xla_leaves_for_the_last_batch_goes_on_with_its_state(momentum: float) -> None:
+    settings: dict[str, Any] = {"optimizer": {"momentum": momentum}, "epochs": 3}
+    compiled, uncompiled = small(compile_="always", **settings), small(**settings)
+
+    compiled.train()
+    uncompiled.train()
+
+    assert_equal_weights(compiled.model, uncompiled.model, atol=2e-5)
 
 
 def test_a_training_inside_the_hook_of_another_disturbs_neither() -> None:
