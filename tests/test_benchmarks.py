@@ -10,13 +10,13 @@ PYTHON = [sys.executable, "-m"]
 
 
 def test_a_step_is_shown_beside_its_limit_and_drawn(tmp_path: Path) -> None:
-    few = ["--widths", "16", "--batches", "64", "128", "--rounds", "1", "--seconds", "0.001"]
+    few = ["--widths", "256", "--batches", "64", "128", "--rounds", "1", "--seconds", "0.001"]
     plot = ["--plot", str(tmp_path / "step.svg")]
 
     done = run(*few, *plot, folder=tmp_path, command=[*PYTHON, "tests.benchmarks.step"])
 
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"│ +16 │ +(\d+) │ +[\d.]+ │((?: +\d+% │)+) +[\d.]+ │", done.stdout)
+    rows = re.findall(r"│ +256 │ +(\d+) │ +[\d.]+ │((?: +\d+% │)+) +[\d.]+ │", done.stdout)
     assert [batch for batch, _ in rows] == ["64", "128"]
     shares = [int(share) for _, cells in rows for share in re.findall(r"\d+", cells)]
     assert len(shares) == 6

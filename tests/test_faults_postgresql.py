@@ -133,8 +133,8 @@ def test_a_run_that_is_gone_on_with_while_the_server_is_away_records_each_epoch_
     uri, checkpoint = postgresql.new_database(), tmp_path / "training.npz"
     where = [f"tracking.directory={tmp_path}", f"tracking.uri={uri}", "tracking.figures=false"]
     settings = ["training.epochs=4", "model.hidden_units=64", "evaluate_test=false"]
-    worse = ["optimizer=sgd", "optimizer.learning_rate=1.0"]  # each epoch than the first
-    config = configure("data=digits", *settings, *worse, *where)
+    still = ["optimizer=sgd", "optimizer.learning_rate=1e-12"]  # so the first epoch is the best
+    config = configure("data=digits", *settings, *still, *where)
     run = create_run(open_store(config.tracking), "interrupted", {})
 
     def stop(epoch: int, metrics: dict[str, float]) -> None:
