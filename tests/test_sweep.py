@@ -236,7 +236,7 @@ def test_several_objectives_end_with_the_pareto_front_and_time_can_be_added(
 ) -> None:
     command = [
         "data=digits",
-        "training.epochs=3",
+        "training.epochs=20",
         "model.hidden_units=choice(4, 32, 128)",
         "sweep.objective=[val_accuracy, parameters]",
         "sampler=random",
@@ -247,7 +247,7 @@ def test_several_objectives_end_with_the_pareto_front_and_time_can_be_added(
         "sweep.name=front",
     ]
 
-    short = call(*command, "sweep.timeout=1", folder=tmp_path)
+    short = call(*command, "sweep.timeout=0.1", folder=tmp_path)
     whole = call(*command, "sweep.timeout=600", folder=tmp_path)
 
     assert (short.returncode, short.stderr) == (0, "")
