@@ -26,7 +26,7 @@ class _Fused:
     fused = True
 
     def reset(self) -> None:
-        """Is called before a training: the weights may have other shapes than before."""
+        """Is called before steps are taken: the weights may have other shapes than before."""
 
 
 class FusedSGD(_Fused, keras.optimizers.SGD):  # type: ignore[misc]
