@@ -136,9 +136,12 @@ from pathlib import Path
 import sweeps.ray_executor
 from tests.sweeps.test_ray_executor import note_and_sleep, open_on, process
 sweeps.ray_executor.GONE, sweeps.ray_executor.LOOK = float(sys.argv[3]), 1.0
-executor = open_on(sys.argv[1], workers=2)
-futures = [executor.submit(note_and_sleep, Path(sys.argv[2]))]
+executor, folder = open_on(sys.argv[1], workers=2), Path(sys.argv[2])
+futures = [executor.submit(note_and_sleep, folder)]
+while not list(folder.iterdir()):  # it has all the room there is
+    time.sleep(0.05)
 futures += [executor.submit(process) for _ in range(3)]
+(folder / "all").touch()
 for future in futures:
     print(repr(future.exception(timeout=90)))
 executor.stop()
@@ -163,7 +166,7 @@ def test_jobs_fail_and_nothing_waits_when_the_cluster_is_lost(
             text=True,
         )
         end = time.monotonic() + LIMIT
-        while not list(tmp_path.iterdir()) and time.monotonic() < end:
+        while not (tmp_path / "all").exists() and time.monotonic() < end:
             time.sleep(0.05)
 
         for part in parts:
