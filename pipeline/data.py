@@ -22,8 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import pooch
 import requests
-from sklearn.datasets import load_digits as sklearn_digits
-from sklearn.model_selection import train_test_split
 
 from pipeline.config import DataConfig, without_password
 
@@ -179,6 +177,8 @@ def _draw(
     key: str, size: float, rows: Rows, labels: Array, config: DataConfig
 ) -> tuple[Rows, Rows]:
     """Draws `size` of the rows, each class in proportion: the rest and the drawn."""
+    from sklearn.model_selection import train_test_split  # takes half a second
+
     try:
         rest, drawn = train_test_split(
             rows,
@@ -200,7 +200,10 @@ def _draw(
 
 def load_digits(config: DataConfig) -> Arrays:
     """The digits bundled with scikit-learn, a fixed fifth of them as the test split."""
-    bunch = sklearn_digits()
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
+
+    bunch = datasets.load_digits()
     images, test_images, labels, test_labels = train_test_split(
         bunch.images,
         bunch.target,

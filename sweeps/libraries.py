@@ -10,6 +10,5 @@ from pipeline import fast_imports, import_libraries
 with suppress(Exception):  # a worker meets it too, and tells
     import_libraries()
     with fast_imports():
-        import pipeline.figures
         import pipeline.run  # noqa: F401
         import sweeps.trial  # noqa: F401

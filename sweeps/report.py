@@ -14,13 +14,13 @@ from jinja2 import Environment, FileSystemLoader
 from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
-from pipeline import without_pyplot
+from pipeline import without
 from sweeps.board import Board
 from sweeps.display import number, settings
 from sweeps.leaderboard import board_table
 from sweeps.study import of_first_objective, sample, spread
 
-with without_pyplot():
+with without("matplotlib"):
     import optuna.visualization as plots
 
 TEMPLATES = Environment(

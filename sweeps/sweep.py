@@ -23,7 +23,7 @@ from pipeline.pages import store_command, ui_command
 from sweeps import dry_run
 from sweeps.config import VARIANTS, SweepConfig
 from sweeps.display import Display, Progress, importance_table
-from sweeps.executors import open_executor
+from sweeps.executors import LocalExecutor, open_executor
 from sweeps.interruption import held_signals, interruption
 from sweeps.launcher import Launcher
 from sweeps.leaderboard import board_table
@@ -121,12 +121,14 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         warn_of_connections(storage, executor.workers)
         with fast_imports():  # while the workers start
             from pipeline.data import load
+
+            data = load(plan.config.data)  # before the workers do, which find what was downloaded
+            given = data if isinstance(executor, LocalExecutor) else None
+            for _ in range(executor.workers):
+                executor.submit(rehearse, plan.trial_config({}), given)
+
             from pipeline.store import open_store
             from pipeline.tracking import replay_left
-        data = load(plan.config.data)  # before the workers do, which find what was downloaded
-        usual = plan.trial_config({})
-        for _ in range(executor.workers):
-            executor.submit(rehearse, usual)
         received = stack.enter_context(held_signals(console, command))
         patience = plan.config.sweep.patience
         database = patient_storage(storage, patience, lambda: bool(received))

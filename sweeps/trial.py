@@ -102,14 +102,20 @@ def warm_up() -> None:
     start_libraries()
 
 
-def rehearse(config: RunConfig) -> None:
+def rehearse(config: RunConfig, data: Data | None) -> None:
     """Does what the first trial of a worker would wait for, while the launcher opens the stores.
 
-    It loads the data, and trains a narrow network on some of it: programs serve any width. What
-    fails is for the trials to tell.
+    It trains a narrow network on some of the data: programs serve any width. What fails is for the
+    trials to tell.
+
+    Args:
+        config: Of a run without searched values.
+        data: What `config.data` loads, for this worker to keep; None: it loads that itself.
     """
     if _loaded:  # a worker that has rehearsed, or done a trial
         return
+    if data is not None:
+        _loaded[repr(config.data)] = data
     from pipeline.evaluate import evaluate
     from pipeline.model import build_mlp, build_optimizer
     from pipeline.train import STEPS_PER_CALL, initialize, steps_per_epoch, train

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
+from mlflow.utils import requirements_utils
 
 from pipeline.compose import CONF
 from pipeline.config import RunConfig
@@ -228,6 +229,21 @@ def test_the_requirements_of_the_model_are_pinned(recorded: Recorded) -> None:
     requirements = Path(path).read_text().split()
     assert f"keras=={keras.__version__}" in requirements
     assert all("==" in requirement for requirement in requirements)
+
+
+def test_recording_a_model_does_not_list_the_files_of_all_packages(
+    quick: Configure, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise AssertionError("MLflow lists the files of every package")
+
+    monkeypatch.setattr(requirements_utils, "_MODULES_TO_PACKAGES", None)
+    monkeypatch.setattr("importlib_metadata.packages_distributions", refuse)
+
+    execute_run(quick("training.epochs=1"), COMMAND)
+
+    assert caplog.messages == []  # in which MLflow would tell what was raised
+    assert requirements_utils._MODULES_TO_PACKAGES is None  # and it would, of another model
 
 
 def test_a_model_file_that_carries_code_is_refused(recorded: Recorded, tmp_path: Path) -> None:

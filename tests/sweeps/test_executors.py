@@ -73,6 +73,10 @@ def first_use_of_tensorflow(threads: int) -> bool:
     return was_imported and float(tf.reduce_sum(tf.ones((64, 64)) @ tf.ones((64, 64)))) == 64**3
 
 
+def imported(*names: str) -> list[str]:
+    return [name for name in names if sys.modules.get(name)]
+
+
 def kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -498,6 +502,14 @@ def test_a_worker_is_forked_with_tensorflow_which_nothing_has_used(local: Build)
     futures = [executor.submit(first_use_of_tensorflow, threads) for threads in (1, 1)]
 
     assert [future.result(timeout=SOON) for future in futures] == [True, True]
+
+
+def test_a_worker_starts_with_what_each_trial_needs_alone(local: Build) -> None:
+    needed = ["keras", "mlflow", "pipeline.train", "sweeps.trial"]
+
+    found = local(1).submit(imported, *needed, "sklearn", "scipy.stats", "matplotlib")
+
+    assert found.result(timeout=SOON) == needed
 
 
 def test_the_workers_of_a_fork_server_that_is_killed_are_replaced(
