@@ -70,25 +70,27 @@ def fast_imports() -> Iterator[None]:
 
 
 @contextmanager
-def without(*libraries: str) -> Iterator[None]:
-    """Imports Keras or Optuna as if there were no such library, half a second faster each.
+def as_if_missing(library: str) -> Iterator[None]:
+    """Imports Keras or Optuna as if there were no such library, half a second faster.
 
     Both import matplotlib's pyplot, and Keras scikit-learn, for what we do not ask them for. One
     that is imported already stays.
     """
     modules: dict[str, Any] = sys.modules
-    hidden = [name for name in libraries if modules.setdefault(name, None) is None]
+    hidden = library not in modules
+    if hidden:
+        modules[library] = None
     try:
         yield
     finally:
-        for name in hidden:
-            del modules[name]
+        if hidden:
+            del modules[library]
 
 
 def import_libraries() -> None:
     """Imports what takes seconds: TensorFlow, Keras, MLflow, and all that trains with them."""
-    with stderr_closed(), fast_imports(), without("matplotlib"):
-        with without("sklearn"):  # which the images alone need, where they are loaded
+    with stderr_closed(), fast_imports(), as_if_missing("matplotlib"):
+        with as_if_missing("sklearn"):  # of Keras alone: MLflow leaves out what needs it
             import tensorflow  # noqa: F401
 
         import pipeline.tracking

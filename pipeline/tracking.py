@@ -184,14 +184,14 @@ class Run:
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """Saves a figure as `figures/<name>.png`, which the UI shows."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _packages_unlisted():
             path = Path(folder) / f"{name}.png"
             figure.savefig(path, dpi=110, pil_kwargs={"compress_level": 1})  # fast
             self.log_file(path, "figures")
 
     def log_text(self, text: str, name: str) -> None:
         """Saves a file; the UI shows text, Markdown and HTML."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _packages_unlisted():
             path = Path(folder) / Path(name).name
             path.write_text(text, encoding="utf-8")
             self.log_file(path, str(Path(name).parent))
@@ -209,7 +209,7 @@ class Run:
         labels = judged.split.labels
         of_label = judged.probabilities[np.arange(len(labels)), labels]
         whole = np.min_scalar_type(judged.probabilities.shape[1] - 1)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, _packages_unlisted():
             path = Path(folder) / Path(PREDICTIONS).name
             np.savez_compressed(
                 path,
@@ -516,17 +516,18 @@ def _dataset(name: str, split: Split, source: str) -> dict[str, str]:
 
 @contextmanager
 def _packages_unlisted() -> Iterator[None]:
-    """Spares MLflow to list the files of every package there is, 0.4 s once a process.
+    """Spares MLflow listing the files of every package there is, 0.4 s once a process.
 
-    It would do so to see whether the versions that a model names are those that are installed.
+    It would do so to compare the versions that a model names with those that are installed, which
+    it finds by the names alone.
     """
-    memory: Any = requirements_utils
-    listed = memory._MODULES_TO_PACKAGES
-    memory._MODULES_TO_PACKAGES = listed or {}
+    utils: Any = requirements_utils
+    listed = getattr(utils, "_MODULES_TO_PACKAGES", None)
+    utils._MODULES_TO_PACKAGES = listed or {}
     try:
         yield
     finally:
-        memory._MODULES_TO_PACKAGES = listed
+        utils._MODULES_TO_PACKAGES = listed
 
 
 def _tensor(array: Array) -> Schema:

@@ -26,6 +26,7 @@ from sweeps.launcher import TICK, allowance
 from sweeps.trial import METRICS, Outcome, Training, retrain
 
 if TYPE_CHECKING:  # or MLflow is imported
+    from pipeline.data import Data
     from pipeline.store import Recorded, Store
     from pipeline.tracking import Run
 
@@ -253,8 +254,8 @@ def _candidate(
     return Candidate(run=run, config=found, objective=objective)
 
 
-def check_data(candidate: Candidate) -> None:
-    """Checks that the data is what the search had: before a training, not after all of them.
+def checked_data(candidate: Candidate) -> Data:
+    """Loads the data, which must be what the search had: told now, not after all trainings.
 
     Raises:
         ValueError: It is not, or it is refused.
@@ -268,6 +269,7 @@ def check_data(candidate: Candidate) -> None:
         raise ValueError(
             f"{data.source} is not what {run.name} was searched on: set data.path to where that is."
         )
+    return data
 
 
 # --- training again ----------------------------------------------------------------------

@@ -21,7 +21,7 @@ from sweeps.plan import Plan, to_override
 from sweeps.space import Values
 from sweeps.study import Asker
 
-if TYPE_CHECKING:  # or scikit-learn is imported
+if TYPE_CHECKING:
     from pipeline.data import Data
 
 MOST_CORNERS = 2_000  # composed; of a larger space, so many at random

@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,7 +28,7 @@ from sweeps.candidates import (
     Source,
     best_of,
     candidates_of,
-    check_data,
+    checked_data,
     find_source,
 )
 from sweeps.config import EXECUTORS, GateConfig, PromotionConfig
@@ -37,6 +38,7 @@ from sweeps.gate import PROMOTE, REJECT
 from sweeps.interruption import held_signals, interruption
 from sweeps.judge import Judgement, judge
 from sweeps.ledger import SMOKE, console, roll_back, show_history
+from sweeps.sharing import share
 from sweeps.study import HeldError, hold
 from sweeps.trial import warm_up
 from sweeps.verdict import (
@@ -53,6 +55,7 @@ from sweeps.verdict import (
 )
 
 if TYPE_CHECKING:  # or MLflow is imported
+    from pipeline.data import Data
     from pipeline.registry import Version
     from pipeline.store import Store
     from pipeline.tracking import Run
@@ -112,8 +115,9 @@ def promote(config: PromotionConfig, overrides: Sequence[str], uri: str) -> None
         store = open_store(first.tracking)
         replay_left(store)  # a training that ended while the store was away is not repeated
         retraining = Retraining(store=store, name=name, seeds=config.promote.seeds)
+        data = None
         if retraining.missing(candidates):
-            check_data(candidates[0])  # a search has one data set
+            data = checked_data(candidates[0])  # a search has one data set
         else:
             retrained = [retraining.result(candidate) for candidate in candidates]
             if _is_champion(_finalist(retrained, name, config.promote), name):
@@ -122,7 +126,9 @@ def promote(config: PromotionConfig, overrides: Sequence[str], uri: str) -> None
         parent = _open_parent(store, source, name, config, command)
         with _ending(parent, command):
             console.print(f"Promotion of {source.title}.")
-            retrained = _retrain(retraining, candidates, config, parent, command)
+            retrained = _retrain(
+                retraining, candidates, data, config=config, parent=parent, command=command
+            )
             finalist = _finalist(retrained, name, config.promote)
             if _is_champion(finalist, name):
                 parent.describe(f"The best of {source.title} is the champion already.")
@@ -236,26 +242,38 @@ def _ending(parent: Run, command: str) -> Iterator[None]:
 def _retrain(
     retraining: Retraining,
     candidates: Sequence[Candidate],
+    data: Data | None,
+    *,
     config: PromotionConfig,
     parent: Run,
     command: str,
 ) -> list[Retrained]:
     """Trains each candidate on each fresh seed, where that is not done.
 
+    Args:
+        retraining: Which seeds.
+        candidates: What is trained.
+        data: Of all of them; None where all is done.
+        config: Of the promotion.
+        parent: Its run.
+        command: Command line that goes on with it.
+
     Raises:
         KeyboardInterrupt: A signal stopped it.
         OSError: The store is out of reach.
     """
-    if missing := retraining.missing(candidates):
+    if data is not None:
+        missing = retraining.missing(candidates)
         what = (
             f"{_count(candidates, 'candidate')} on {_count(retraining.seeds, 'fresh seed')} each, "
             f"{_count(missing, 'training')} to do"
         )
         with (
             held_signals(console, command) as received,
+            share(data, candidates[0].config.data) as shared,
             open_executor(
                 config.executor,
-                warm_up,
+                partial(warm_up, shared),
                 name=f"promotion of {retraining.name}",
                 threads=candidates[0].config.training.threads,
                 most=len(missing),

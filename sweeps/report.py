@@ -14,13 +14,13 @@ from jinja2 import Environment, FileSystemLoader
 from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
-from pipeline import without
+from pipeline import as_if_missing
 from sweeps.board import Board
 from sweeps.display import number, settings
 from sweeps.leaderboard import board_table
 from sweeps.study import of_first_objective, sample, spread
 
-with without("matplotlib"):
+with as_if_missing("matplotlib"):
     import optuna.visualization as plots
 
 TEMPLATES = Environment(

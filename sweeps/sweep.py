@@ -23,12 +23,13 @@ from pipeline.pages import store_command, ui_command
 from sweeps import dry_run
 from sweeps.config import VARIANTS, SweepConfig
 from sweeps.display import Display, Progress, importance_table
-from sweeps.executors import LocalExecutor, open_executor
+from sweeps.executors import open_executor
 from sweeps.interruption import held_signals, interruption
 from sweeps.launcher import Launcher
 from sweeps.leaderboard import board_table
 from sweeps.parent import baseline, open_parent, publish, read_board
 from sweeps.plan import Plan, build_plan
+from sweeps.sharing import share
 from sweeps.space import split_command_line
 from sweeps.storage import patient_storage, storage_uri, warn_of_connections
 from sweeps.study import (
@@ -106,12 +107,17 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
         OSError: Another launcher runs it, or something broke.
         KeyboardInterrupt: A signal stopped it.
     """
+    usual = plan.trial_config({})
     with ExitStack() as stack:
         held = stack.enter_context(hold(name, storage))
+        with fast_imports():
+            from pipeline.data import load
+        data = load(usual.data)  # before a worker does, which finds what was downloaded
+        shared = stack.enter_context(share(data, usual.data))
         executor = stack.enter_context(
             open_executor(
                 plan.config.executor,
-                warm_up,
+                partial(warm_up, shared),
                 name=name,
                 threads=plan.config.training.threads,
                 most=_trials_left(plan, name, storage),
@@ -119,14 +125,9 @@ def run_sweep(plan: Plan, *, name: str, storage: str, command: str) -> None:
             )
         )
         warn_of_connections(storage, executor.workers)
+        for _ in range(executor.workers):
+            executor.submit(rehearse, usual)
         with fast_imports():  # while the workers start
-            from pipeline.data import load
-
-            data = load(plan.config.data)  # before the workers do, which find what was downloaded
-            given = data if isinstance(executor, LocalExecutor) else None
-            for _ in range(executor.workers):
-                executor.submit(rehearse, plan.trial_config({}), given)
-
             from pipeline.store import open_store
             from pipeline.tracking import replay_left
         received = stack.enter_context(held_signals(console, command))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from pipeline.endings import StopRun
 from pipeline.owner import machine
 from sweeps.config import PrunerConfig
 from sweeps.elsewhere import settle_in, tell_all
+from sweeps.sharing import Shared
 from sweeps.storage import patient_storage
 from sweeps.study import build_pruner
 
@@ -97,29 +99,31 @@ class Outcome:
     seconds: float = 0.0
 
 
-def warm_up() -> None:
-    """What a worker does before its first trial."""
-    start_libraries()
-
-
-def rehearse(config: RunConfig, data: Data | None) -> None:
-    """Does what the first trial of a worker would wait for, while the launcher opens the stores.
-
-    It trains a narrow network on some of the data: programs serve any width. What fails is for the
-    trials to tell.
+def warm_up(shared: Shared | None = None) -> None:
+    """What a worker does before its first trial.
 
     Args:
-        config: Of a run without searched values.
-        data: What `config.data` loads, for this worker to keep; None: it loads that itself.
+        shared: A data set that it need not load, where it can be had.
     """
-    if _loaded:  # a worker that has rehearsed, or done a trial
+    start_libraries()
+    if shared is not None:
+        with suppress(OSError):
+            _keep(shared.config, shared.open())
+
+
+def rehearse(config: RunConfig) -> None:
+    """Does what the first trial of a worker would wait for, while the launcher opens the stores.
+
+    It loads the data, and trains a narrow network on some of it: programs serve any width. What
+    fails is for the trials to tell.
+    """
+    if _has_trained[0]:
         return
-    if data is not None:
-        _loaded[repr(config.data)] = data
     from pipeline.evaluate import evaluate
     from pipeline.model import build_mlp, build_optimizer
     from pipeline.train import STEPS_PER_CALL, initialize, steps_per_epoch, train
 
+    _has_trained[0] = True
     try:
         initialize(threads=config.training.threads, seed=config.seed)
         data, epochs = _load(config.data), config.training.epochs
@@ -184,6 +188,7 @@ def _run(job: Training, open_report: Callable[[], EpochHook]) -> Outcome:
     from pipeline.store import STORE_ERRORS
 
     epochs = 0
+    _has_trained[0] = True
     try:
         report = open_report()
 
@@ -259,15 +264,19 @@ def _open_study(storage: str, name: str, pruner: PrunerConfig, patience: float) 
 _open_storage = functools.lru_cache(maxsize=1)(patient_storage)
 
 
-_loaded: dict[str, Data] = {}
+_has_trained = [False]  # this process
+_loaded: dict[str, Data] = {}  # one at most
+
+
+def _keep(config: DataConfig, data: Data) -> None:
+    _loaded.clear()
+    _loaded[repr(config)] = data
 
 
 def _load(config: DataConfig) -> Data:
-    """The data of the last trial, when it is the same."""
+    """The data of the last trial, or what is shared, when it is the same."""
     from pipeline.data import load
 
-    key = repr(config)
-    if key not in _loaded:
-        _loaded.clear()
-        _loaded[key] = load(config)
-    return _loaded[key]
+    if repr(config) not in _loaded:
+        _keep(config, load(config))
+    return _loaded[repr(config)]

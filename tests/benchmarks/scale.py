@@ -48,7 +48,6 @@ import sweeps.launcher
 import sweeps.study
 import sweeps.sweep
 from pipeline.config import RunConfig
-from pipeline.data import Data
 from sweeps.config import ExecutorConfig
 from sweeps.executors import Executor
 from sweeps.storage import open_storage
@@ -109,7 +108,7 @@ def sleep(job: Job, unit: float, epochs: int) -> Outcome:
     return Outcome(state="COMPLETE", values=(value,), epochs=epochs, seconds=seconds)
 
 
-def rest(config: RunConfig, data: Data | None) -> None:
+def rest(config: RunConfig) -> None:
     """In place of `sweeps.trial.rehearse`."""
 
 

@@ -22,7 +22,7 @@ from sweeps.candidates import (
     Source,
     best_of,
     candidates_of,
-    check_data,
+    checked_data,
     find_source,
 )
 from sweeps.config import PromotionConfig
@@ -424,8 +424,8 @@ def test_data_that_the_search_did_not_see_is_refused_before_anything_is_trained(
     data = replace(single.config.data, split_seed=1)
 
     with pytest.raises(ValueError, match=r"is not what .* was searched on: set data\.path to"):
-        check_data(replace(single, config=replace(single.config, data=data)))
-    check_data(single)
+        checked_data(replace(single, config=replace(single.config, data=data)))
+    assert checked_data(single).validation is not None
 
 
 def test_a_signal_that_came_before_leaves_all_to_be_trained(session: Session) -> None:

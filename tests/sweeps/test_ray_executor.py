@@ -131,15 +131,15 @@ def test_workers_of_a_sweep_of_the_same_name_elsewhere_are_left_alone(
 
 # The node of the launcher, or Ray's head: Ray itself waits for ever, or ends the process.
 GONE = """
-import sys, time
+import sys
 from pathlib import Path
 import sweeps.ray_executor
+from tests.launching import wait_until
 from tests.sweeps.test_ray_executor import note_and_sleep, open_on, process
 sweeps.ray_executor.GONE, sweeps.ray_executor.LOOK = float(sys.argv[3]), 1.0
 executor, folder = open_on(sys.argv[1], workers=2), Path(sys.argv[2])
 futures = [executor.submit(note_and_sleep, folder)]
-while not list(folder.iterdir()):  # it has all the room there is
-    time.sleep(0.05)
+wait_until(lambda: list(folder.iterdir()), limit=90)  # it has all the room there is
 futures += [executor.submit(process) for _ in range(3)]
 (folder / "all").touch()
 for future in futures:

@@ -22,8 +22,7 @@ from mlflow.entities import Run
 from optuna.trial import TrialState
 
 from pipeline import program, train
-from pipeline.config import DataConfig, RunConfig
-from pipeline.data import load
+from pipeline.config import RunConfig
 from pipeline.owner import machine
 from pipeline.store import open_store
 from pipeline.tracking import create_run
@@ -283,7 +282,8 @@ def test_a_trial_traces_nothing_that_was_rehearsed_and_ends_as_without(
     run_trial((trying := ask(*settings)).job)
     alone = trying.reported
     program._program.cache_clear()
-    monkeypatch.setattr("sweeps.trial._loaded", {})  # as in a new worker
+    monkeypatch.setattr("sweeps.trial._has_trained", [False])  # as in a new worker
+    monkeypatch.setattr("sweeps.trial._loaded", {})
     used: list[program.Program] = []
 
     def keep(*arguments: Any, **named: Any) -> program.Program:
@@ -291,7 +291,7 @@ def test_a_trial_traces_nothing_that_was_rehearsed_and_ends_as_without(
         return used[-1]
 
     monkeypatch.setattr(train, "program_for", keep)
-    rehearse(trying.job.config, None)
+    rehearse(trying.job.config)
     rehearsed = tracings(used[0])
     run_trial((again := ask(*settings)).job)
 
@@ -301,28 +301,14 @@ def test_a_trial_traces_nothing_that_was_rehearsed_and_ends_as_without(
     assert again.reported == alone
 
 
-def test_a_worker_keeps_the_images_that_it_is_given(
-    ask: Try, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = ask().job
-    data = load(job.config.data)
-    monkeypatch.setattr("sweeps.trial._loaded", {})
-    loads: list[DataConfig] = []
-    monkeypatch.setattr("pipeline.data.load", loads.append)
-
-    rehearse(job.config, data)
-    outcome = run_trial(job)
-
-    assert (outcome.state, loads) == ("COMPLETE", [])
-
-
 def test_what_is_refused_is_told_by_the_trial_not_by_its_rehearsal(
     ask: Try, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sweeps.trial._has_trained", [False])
     monkeypatch.setattr("sweeps.trial._loaded", {})
     job = ask("data.validation_size=1436").job
 
-    rehearse(job.config, None)
+    rehearse(job.config)
 
     assert [record.levelname for record in caplog.records] in ([], ["DEBUG"])
     assert "data.validation_size=1436: cannot draw" in run_trial(job).reason
