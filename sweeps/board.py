@@ -214,7 +214,7 @@ def compare(board: Board) -> list[Comparison]:
                 other=sweep.tags["sweep"],
                 gain=gain,
                 margin=margin,
-                trials=(_finished(board.sweeps[0]), _finished(sweep)),
+                trials=(finished_trials(board.sweeps[0]), finished_trials(sweep)),
             )
         )
     return found
@@ -230,7 +230,8 @@ def gain_over(board: Board, one: Recorded, other: Recorded) -> tuple[float, floa
     return sign * (second.value - first.value), margin
 
 
-def _finished(sweep: Recorded) -> int:
+def finished_trials(sweep: Recorded) -> int:
+    """Complete or pruned, as far as the sweep's run knows."""
     return int(sweep.metrics.get("finished", 0))
 
 

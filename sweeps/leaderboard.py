@@ -17,6 +17,7 @@ from rich.text import Text
 from pipeline import fast_imports
 from pipeline.compose import run_cli
 from pipeline.console import open_console
+from pipeline.owner import OWNER, lives
 from pipeline.pages import ui_command
 from sweeps.board import (
     Board,
@@ -24,6 +25,7 @@ from sweeps.board import (
     Row,
     compare,
     find_sweeps,
+    finished_trials,
     load_board,
     objectives_of,
     setting,
@@ -116,6 +118,16 @@ def weigh(gain: float, margin: float | None, board: Board) -> str:
     return f" (±{margin:.4f}): {what} the noise of the {board.images:,} validation images"
 
 
+def what_is_to_come(sweep: Recorded) -> str:
+    """Of a sweep that has not ended, or was killed; else empty."""
+    if sweep.status != "RUNNING":
+        return ""
+    name = sweep.tags["sweep"]
+    if lives(sweep.tags.get(OWNER, "")) is False:
+        return f"{name} was killed; go on with: {sweep.tags['command']}"
+    return f"{name} still runs; finished trials so far: {finished_trials(sweep)}."
+
+
 def verdict(found: Comparison, board: Board) -> str:
     """Whether one sweep found something better than another, in a sentence or two."""
     how = "better than" if found.gain > 0 else "worse than"
@@ -193,7 +205,7 @@ def main(config: LeaderboardConfig, overrides: list[str]) -> None:
         find_sweeps(config.sweep.names), limit=config.rows, confidence=config.confidence
     )
     title = f"{len(board.rows)} of {board.total} complete trials of {names(board.sweeps)}"
-    below = [board.noise]
+    below = [*map(what_is_to_come, board.sweeps), board.noise]
     if len(board.sweeps) > 1 and len(board.objectives) == 1:
         below += [verdict(found, board) for found in compare(board)]
     below += [f"See it: {ui_command(sweep.run_id, overrides)}" for sweep in board.sweeps]

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+from tests.benchmarks.sweep import Sweep, best_so_far, draw
 from tests.launching import ENVIRONMENT, run
 
 PYTHON = [sys.executable, "-m"]
@@ -39,6 +40,25 @@ def test_what_a_run_costs_beyond_training_is_split_by_part(tmp_path: Path, mnist
     assert len(seconds) == 18
     assert min(seconds["train"], seconds["evaluate"], seconds["record the model"]) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def swept(contestant: str, *finished: tuple[float, float]) -> Sweep:
+    return Sweep(contestant, 9.0, 8.0, 0.0, [*finished], None, None)
+
+
+def test_the_best_so_far_never_falls_and_lasts_to_the_end() -> None:
+    sweep = swept("c", (2.0, 0.9), (1.0, 0.95), (4.0, 0.96))
+
+    assert best_so_far(sweep) == ([1.0, 2.0, 4.0, 9.0], [0.95, 0.95, 0.96, 0.96])
+
+
+def test_the_best_so_far_is_drawn_by_contestant(tmp_path: Path) -> None:
+    turns = [swept("c", (1.0, 0.95)), swept("g", (3.0, 0.8))]
+
+    draw([turns, turns], tmp_path / "sweep.svg")
+
+    labels = re.findall(r"<!-- (\w: .*?) -->", (tmp_path / "sweep.svg").read_text())
+    assert labels == ["c: sweeps.run", "g: Ray Tune, MLflow"]
 
 
 def test_a_benchmark_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 PARTS = {
     "step": ["--plot", "step.svg"],
     "overhead": [],
-    "sweep": ["--rounds", "5"],
+    "sweep": ["--rounds", "5", "--plot", "sweep.svg"],
     "growth": [],
     "store": [],
 }

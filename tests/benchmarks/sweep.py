@@ -365,6 +365,30 @@ def build_table(rounds: list[list[Sweep]]) -> Table:
     return table
 
 
+def best_so_far(sweep: Sweep) -> tuple[list[float], list[float]]:
+    """Seconds since the start at which a trial was complete, and at the end; the best by then."""
+    seconds, values = zip(*sorted(sweep.finished), strict=True)
+    best = np.maximum.accumulate(values).tolist()
+    return [*seconds, sweep.wall], [*best, best[-1]]
+
+
+def draw(rounds: list[list[Sweep]], path: Path) -> None:
+    """The best value so far over time: a line for each contestant and round."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for turn, sweeps in enumerate(rounds):
+        for colour, sweep in enumerate(sweeps):
+            label = "" if turn else CONTESTANTS[sweep.contestant]
+            axes.step(*best_so_far(sweep), where="post", color=f"C{colour}", alpha=0.7, label=label)
+    axes.axhline(TARGET, color="grey", linestyle=":", label=f"{TARGET}")
+    axes.set(xlabel="seconds since the start of the command", ylabel="best val_accuracy so far")
+    axes.set(title=f"{TRIALS} trials, rounds: {len(rounds)}", xlim=(0, None))
+    axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compares ways to do the same 12 trials.")
     parser.add_argument("--rounds", type=int, default=1, help="in each, the contestants take turns")
@@ -372,6 +396,7 @@ def main() -> None:
         "--only", default=",".join(CONTESTANTS), help="contestants, separated by commas"
     )
     parser.add_argument("--json", type=Path, help="file for all that was measured")
+    parser.add_argument("--plot", type=Path, help="file for a picture (.svg or .png)")
     parser.add_argument("--contestant", choices=RIVALS, help="run it here, in this process")
     options = parser.parse_args()
     if options.contestant:
@@ -388,6 +413,8 @@ def main() -> None:
     turns = [turn for turns in rounds for turn in turns if turn.contestant == "c"]
     if overheads := [turn.overhead for turn in turns if turn.overhead is not None]:
         print(f"c: {np.median(overheads):.2f} s of a worker a trial beyond its training, median")
+    if options.plot:
+        draw(rounds, options.plot)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import TrackingConfig
+from pipeline.owner import OWNER, me
 from pipeline.store import Recorded
 from sweeps.board import Board, Comparison, Row
 from sweeps.config import ChosenConfig, LeaderboardConfig
@@ -433,6 +436,32 @@ def test_two_sweeps_end_with_a_verdict(swept: Path, tmp_path: Path) -> None:
     assert see_narrow.endswith(directory)
     assert see_wide.endswith(directory)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "told"),
+    [
+        (me(), "wide still runs; finished trials so far: 8."),
+        (None, "wide was killed; go on with: python -m sweeps.run data=digits "),
+    ],
+    ids=["alive", "gone"],
+)
+def test_what_is_to_come_of_a_sweep_that_has_not_ended_is_told(
+    owner: str | None, told: str, swept: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(swept / "mlruns", tmp_path / "mlruns")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    (wide,) = client.search_runs(experiments, "tags.kind = 'sweep' and tags.sweep = 'wide'")
+    client.update_run(wide.info.run_id, "RUNNING")
+    with subprocess.Popen(["true"]) as ended:  # a process that is gone, of this machine
+        gone = f"{platform.node()} {ended.pid} 1 {me().split()[-1]}"
+    client.set_tag(wide.info.run_id, OWNER, owner or gone)
+
+    shown = call("sweep.name=[narrow,wide]", folder=tmp_path, command=LEADERBOARD).stdout
+
+    lines = [line for line in shown.splitlines() if line.startswith(("wide still", "wide was"))]
+    assert [line[: len(told)] for line in lines] == [told]
 
 
 def test_a_csv_file_has_every_complete_trial(swept: Path, tmp_path: Path) -> None:
