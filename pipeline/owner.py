@@ -44,6 +44,8 @@ def lives(owner: str) -> bool | None:
         return is_same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # another user's
+        return None
 
 
 def _boot() -> str:

@@ -184,14 +184,14 @@ class Run:
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """Saves a figure as `figures/<name>.png`, which the UI shows."""
-        with tempfile.TemporaryDirectory() as folder, _packages_unlisted():
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.png"
             figure.savefig(path, dpi=110, pil_kwargs={"compress_level": 1})  # fast
             self.log_file(path, "figures")
 
     def log_text(self, text: str, name: str) -> None:
         """Saves a file; the UI shows text, Markdown and HTML."""
-        with tempfile.TemporaryDirectory() as folder, _packages_unlisted():
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / Path(name).name
             path.write_text(text, encoding="utf-8")
             self.log_file(path, str(Path(name).parent))
@@ -209,7 +209,7 @@ class Run:
         labels = judged.split.labels
         of_label = judged.probabilities[np.arange(len(labels)), labels]
         whole = np.min_scalar_type(judged.probabilities.shape[1] - 1)
-        with tempfile.TemporaryDirectory() as folder, _packages_unlisted():
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / Path(PREDICTIONS).name
             np.savez_compressed(
                 path,
@@ -522,7 +522,7 @@ def _packages_unlisted() -> Iterator[None]:
     it finds by the names alone.
     """
     utils: Any = requirements_utils
-    listed = getattr(utils, "_MODULES_TO_PACKAGES", None)
+    listed = utils._MODULES_TO_PACKAGES
     utils._MODULES_TO_PACKAGES = listed or {}
     try:
         yield

@@ -231,7 +231,7 @@ def gain_over(board: Board, one: Recorded, other: Recorded) -> tuple[float, floa
 
 
 def finished_trials(sweep: Recorded) -> int:
-    """Complete or pruned, as far as the sweep's run knows."""
+    """Complete or pruned, as the sweep's run has it, a second late."""
     return int(sweep.metrics.get("finished", 0))
 
 

@@ -118,14 +118,14 @@ def weigh(gain: float, margin: float | None, board: Board) -> str:
     return f" (±{margin:.4f}): {what} the noise of the {board.images:,} validation images"
 
 
-def what_is_to_come(sweep: Recorded) -> str:
-    """Of a sweep that has not ended, or was killed; else empty."""
-    if sweep.status != "RUNNING":
+def unfinished(sweep: Recorded) -> str:
+    """That a sweep is not over, in a sentence; empty for one that is."""
+    if sweep.status == "FINISHED":
         return ""
-    name = sweep.tags["sweep"]
-    if lives(sweep.tags.get(OWNER, "")) is False:
-        return f"{name} was killed; go on with: {sweep.tags['command']}"
-    return f"{name} still runs; finished trials so far: {finished_trials(sweep)}."
+    about = f"{sweep.tags['sweep']} is {sweep.status}, finished trials: {finished_trials(sweep)}"
+    if sweep.status == "RUNNING" and lives(sweep.tags.get(OWNER, "")) is False:
+        return f"{about}; its process is gone, see python -m sweeps.doctor."
+    return f"{about}."
 
 
 def verdict(found: Comparison, board: Board) -> str:
@@ -205,7 +205,7 @@ def main(config: LeaderboardConfig, overrides: list[str]) -> None:
         find_sweeps(config.sweep.names), limit=config.rows, confidence=config.confidence
     )
     title = f"{len(board.rows)} of {board.total} complete trials of {names(board.sweeps)}"
-    below = [*map(what_is_to_come, board.sweeps), board.noise]
+    below = [*map(unfinished, board.sweeps), board.noise]
     if len(board.sweeps) > 1 and len(board.objectives) == 1:
         below += [verdict(found, board) for found in compare(board)]
     below += [f"See it: {ui_command(sweep.run_id, overrides)}" for sweep in board.sweeps]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,12 +102,10 @@ def warm_up(shared: Shared | None = None) -> None:
     """What a worker does before its first trial.
 
     Args:
-        shared: A data set that it need not load, where it can be had.
+        shared: A data set that its trials may need; None: there is none.
     """
     start_libraries()
-    if shared is not None:
-        with suppress(OSError):
-            _keep(shared.config, shared.open())
+    _shared[:] = [shared] if shared else []
 
 
 def rehearse(config: RunConfig) -> None:
@@ -117,13 +114,12 @@ def rehearse(config: RunConfig) -> None:
     It loads the data, and trains a narrow network on some of it: programs serve any width. What
     fails is for the trials to tell.
     """
-    if _has_trained[0]:
+    if _loaded:  # a worker that has rehearsed, or done a trial
         return
     from pipeline.evaluate import evaluate
     from pipeline.model import build_mlp, build_optimizer
     from pipeline.train import STEPS_PER_CALL, initialize, steps_per_epoch, train
 
-    _has_trained[0] = True
     try:
         initialize(threads=config.training.threads, seed=config.seed)
         data, epochs = _load(config.data), config.training.epochs
@@ -188,7 +184,6 @@ def _run(job: Training, open_report: Callable[[], EpochHook]) -> Outcome:
     from pipeline.store import STORE_ERRORS
 
     epochs = 0
-    _has_trained[0] = True
     try:
         report = open_report()
 
@@ -264,19 +259,26 @@ def _open_study(storage: str, name: str, pruner: PrunerConfig, patience: float) 
 _open_storage = functools.lru_cache(maxsize=1)(patient_storage)
 
 
-_has_trained = [False]  # this process
-_loaded: dict[str, Data] = {}  # one at most
-
-
-def _keep(config: DataConfig, data: Data) -> None:
-    _loaded.clear()
-    _loaded[repr(config)] = data
+_shared: list[Shared] = []  # one at most
+_loaded: dict[str, Data] = {}  # likewise
 
 
 def _load(config: DataConfig) -> Data:
     """The data of the last trial, or what is shared, when it is the same."""
     from pipeline.data import load
 
-    if repr(config) not in _loaded:
-        _keep(config, load(config))
-    return _loaded[repr(config)]
+    key = repr(config)
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = _open_shared(config) or load(config)
+    return _loaded[key]
+
+
+def _open_shared(config: DataConfig) -> Data | None:
+    for shared in _shared:
+        if shared.config == config:
+            try:
+                return shared.open()
+            except OSError as error:
+                log.debug("the images are loaded here: %s", error)
+    return None

@@ -438,30 +438,41 @@ def test_two_sweeps_end_with_a_verdict(swept: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def owners() -> dict[str, str]:
+    """As `me`: this process, one of this machine that has ended, one that cannot be seen."""
+    with subprocess.Popen(["true"]) as ended:
+        gone = f"{platform.node()} {ended.pid} 1 {me().split()[-1]}"
+    return {"alive": me(), "gone": gone, "elsewhere": "another 1 1 1"}
+
+
 @pytest.mark.parametrize(
-    ("owner", "told"),
+    ("status", "owner", "told"),
     [
-        (me(), "wide still runs; finished trials so far: 8."),
-        (None, "wide was killed; go on with: python -m sweeps.run data=digits "),
+        ("RUNNING", "alive", "wide is RUNNING, finished trials: 8."),
+        ("RUNNING", "elsewhere", "wide is RUNNING, finished trials: 8."),
+        (
+            "RUNNING",
+            "gone",
+            "wide is RUNNING, finished trials: 8; its process is gone, "
+            "see python -m sweeps.doctor.",
+        ),
+        ("KILLED", "gone", "wide is KILLED, finished trials: 8."),
     ],
-    ids=["alive", "gone"],
 )
-def test_what_is_to_come_of_a_sweep_that_has_not_ended_is_told(
-    owner: str | None, told: str, swept: Path, tmp_path: Path
+def test_that_a_sweep_is_not_over_is_told_under_the_table(
+    status: str, owner: str, told: str, *, swept: Path, tmp_path: Path, owners: dict[str, str]
 ) -> None:
     shutil.copytree(swept / "mlruns", tmp_path / "mlruns")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
     experiments = [each.experiment_id for each in client.search_experiments()]
     (wide,) = client.search_runs(experiments, "tags.kind = 'sweep' and tags.sweep = 'wide'")
-    client.update_run(wide.info.run_id, "RUNNING")
-    with subprocess.Popen(["true"]) as ended:  # a process that is gone, of this machine
-        gone = f"{platform.node()} {ended.pid} 1 {me().split()[-1]}"
-    client.set_tag(wide.info.run_id, OWNER, owner or gone)
+    client.update_run(wide.info.run_id, status)
+    client.set_tag(wide.info.run_id, OWNER, owners[owner])
 
     shown = call("sweep.name=[narrow,wide]", folder=tmp_path, command=LEADERBOARD).stdout
 
-    lines = [line for line in shown.splitlines() if line.startswith(("wide still", "wide was"))]
-    assert [line[: len(told)] for line in lines] == [told]
+    assert [line for line in shown.splitlines() if " finished trials: " in line] == [told]
 
 
 def test_a_csv_file_has_every_complete_trial(swept: Path, tmp_path: Path) -> None:

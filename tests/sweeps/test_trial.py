@@ -282,8 +282,7 @@ def test_a_trial_traces_nothing_that_was_rehearsed_and_ends_as_without(
     run_trial((trying := ask(*settings)).job)
     alone = trying.reported
     program._program.cache_clear()
-    monkeypatch.setattr("sweeps.trial._has_trained", [False])  # as in a new worker
-    monkeypatch.setattr("sweeps.trial._loaded", {})
+    monkeypatch.setattr("sweeps.trial._loaded", {})  # as in a new worker
     used: list[program.Program] = []
 
     def keep(*arguments: Any, **named: Any) -> program.Program:
@@ -304,7 +303,6 @@ def test_a_trial_traces_nothing_that_was_rehearsed_and_ends_as_without(
 def test_what_is_refused_is_told_by_the_trial_not_by_its_rehearsal(
     ask: Try, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sweeps.trial._has_trained", [False])
     monkeypatch.setattr("sweeps.trial._loaded", {})
     job = ask("data.validation_size=1436").job
 
