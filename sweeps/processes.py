@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -263,6 +264,7 @@ def _work(pipe: Connection, warm_up: Callable[[], None], environment: Mapping[st
     os.environ.update(environment)
     failure = _failure_of(warm_up)  # until here, SIGTERM does what it did in the parent
     signal.signal(signal.SIGTERM, _stop)
+    sys.unraisablehook = _stop_again
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         pipe.send(failure)
         while not (failure or _stopping):
@@ -293,6 +295,15 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     _stopping.append(signum)
     if len(_stopping) == 1:
         raise KeyboardInterrupt
+
+
+def _stop_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Repeats an interruption that came where Python drops it, as in a garbage collector's call."""
+    if isinstance(dropped.exc_value, KeyboardInterrupt):
+        _stopping.clear()
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def die_with_parent() -> None:

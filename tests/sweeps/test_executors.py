@@ -97,6 +97,26 @@ def sleep_noted(folder: Path) -> str:
     return "slept"
 
 
+class Dying:
+    """Something that takes long to be collected."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __del__(self) -> None:
+        note(self.folder)
+        time.sleep(2)
+
+
+def sleep_after_collection(folder: Path) -> str:
+    try:
+        Dying(folder)
+        time.sleep(600)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "slept"
+
+
 def count_interruptions(folder: Path, seconds: float) -> int:
     note(folder)
     count, end = 0, time.monotonic() + seconds
@@ -639,6 +659,19 @@ def test_a_job_that_is_interrupted_may_end_by_itself_and_its_result_arrives(
     executor.interrupt()
 
     assert [future.result(timeout=5) for future in futures] == ["interrupted"] * 2
+
+
+def test_an_interruption_that_comes_where_python_drops_it_is_not_lost(
+    build: Build, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    executor = build()
+    future = executor.submit(sleep_after_collection, tmp_path)
+    until(lambda: len(noted(tmp_path)) == 1)
+
+    executor.interrupt()
+
+    assert future.result(timeout=5) == "interrupted"
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_job_is_interrupted_once_however_often_it_is_told(build: Build, tmp_path: Path) -> None:
