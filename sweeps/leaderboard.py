@@ -123,9 +123,10 @@ def unfinished(sweep: Recorded) -> str:
     if sweep.status == "FINISHED":
         return ""
     about = f"{sweep.tags['sweep']} is {sweep.status}, finished trials: {finished_trials(sweep)}"
-    if sweep.status == "RUNNING" and lives(sweep.tags.get(OWNER, "")) is False:
-        return f"{about}; its process is gone, see python -m sweeps.doctor."
-    return f"{about}."
+    if sweep.status != "RUNNING":
+        return f"{about}. Go on with: {sweep.tags.get('command', '')}"
+    is_gone = lives(sweep.tags.get(OWNER, "")) is False
+    return f"{about}{'; its process is gone, see python -m sweeps.doctor' if is_gone else ''}."
 
 
 def verdict(found: Comparison, board: Board) -> str:

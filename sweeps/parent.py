@@ -65,7 +65,8 @@ def open_parent(plan: Plan, study: optuna.Study, store: Store, data: Data, comma
     if run is None:
         run = create_run(store, name, tags)
         run.adopt([t.user_attrs.get("run_id", "") for t in study.get_trials(deepcopy=False)])
-    run.set_tags({"objective": objective})  # also of a sweep that an older version began
+    # Also of a sweep that an older version began, and of one whose budget has grown.
+    run.set_tags({"objective": objective, "command": command})
     if "recorded" not in run.tags:  # an earlier launcher may have died before it was
         log_inputs(run, plan.config, data, command, note=what(plan), settings=_settings(plan))
         run.set_tags({"mlflow.source.name": "sweeps.run", "recorded": "true"})

@@ -457,7 +457,13 @@ def owners() -> dict[str, str]:
             "wide is RUNNING, finished trials: 8; its process is gone, "
             "see python -m sweeps.doctor.",
         ),
-        ("KILLED", "gone", "wide is KILLED, finished trials: 8."),
+        (
+            "KILLED",
+            "gone",
+            "wide is KILLED, finished trials: 8. Go on with: python -m sweeps.run data=digits "
+            "'model.hidden_units=tag(log, int(interval(64, 512)))' training.epochs=6 "
+            "pruner.min_resource=2 sweep.trials=8 sweep.name=wide",
+        ),
     ],
 )
 def test_that_a_sweep_is_not_over_is_told_under_the_table(
