@@ -109,12 +109,8 @@ class Dying:
 
 
 def sleep_after_collection(folder: Path) -> str:
-    try:
-        Dying(folder)
-        time.sleep(600)
-    except KeyboardInterrupt:
-        return "interrupted"
-    return "slept"
+    Dying(folder)
+    return sleep_noted(folder)
 
 
 def count_interruptions(folder: Path, seconds: float) -> int:

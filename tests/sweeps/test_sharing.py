@@ -42,7 +42,7 @@ def seen(config: DataConfig) -> tuple[str, int, bool]:
     return split.digest, int(split.images.sum()), split.images.flags.writeable
 
 
-def test_workers_have_what_is_shared_whether_or_not_it_can_be_loaded(config: DataConfig) -> None:
+def test_workers_have_what_is_shared_though_it_can_no_more_be_loaded(config: DataConfig) -> None:
     data = load(config)
     Path(config.path or "").unlink()
 
