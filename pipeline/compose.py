@@ -262,7 +262,7 @@ def run_cli(
 
     logging.raiseExceptions = False  # as when a reader of the log has gone
     logging.getLogger("hydra").setLevel(logging.WARNING)  # it logs overrides with their passwords
-    failed: list[Reported] = []
+    failed: list[bool] = []  # of each job
 
     def job(cfg: DictConfig) -> None:
         # As given: read one by one, their interpolations (${oc.env:SECRET}) would be resolved.
@@ -274,8 +274,10 @@ def run_cli(
         try:
             with _errors_in_one_line(config_name, tracebacks, interrupted):
                 task(to_typed(cfg, schema, variants), overrides)
-        except Reported as error:
-            failed.append(error)  # raised, Hydra would add lines of its own
+        except Reported:  # raised, Hydra would add lines of its own
+            failed.append(True)
+        else:
+            failed.append(False)
 
     atexit.register(gc.freeze)  # or the interpreter collects all it has at its end: 0.8 s
     with _errors_in_one_line(config_name, tracebacks, interrupted):
@@ -284,7 +286,8 @@ def run_cli(
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         finally:
             at_end()
-    if failed:
+    if any(failed):
+        print(f"{sum(failed)} of {len(failed)} jobs failed.", file=sys.stderr)
         sys.exit(1)
 
 

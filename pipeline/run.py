@@ -283,9 +283,9 @@ def main(config: RunConfig, overrides: list[str], *, jobs: list[Job]) -> None:
 
 
 def print_summary(jobs: list[Job]) -> None:
-    """What the runs of a multirun came to, where some differ by their seed alone."""
+    """What the runs of a multirun came to."""
     if table := summary_table(jobs):
-        console.print("\nMean and standard deviation over the seeds that finished:")
+        console.print("\nThe runs that finished, with mean and standard deviation over seeds:")
         console.print(table)
 
 

@@ -43,12 +43,12 @@ def summary_table(jobs: Sequence[Job]) -> Table | None:
     """Mean and standard deviation over the seeds, a row for equal settings.
 
     Returns:
-        None where no two jobs differ by their seed alone.
+        None where there are no two jobs that differ.
     """
     groups: dict[tuple[str, ...], dict[int, Job]] = {}
     for job in jobs:
         groups.setdefault(job.settings, {})[job.seed] = job
-    if all(len(group) < 2 for group in groups.values()):
+    if sum(map(len, groups.values())) < 2:
         return None
     columns = [column for column in _COLUMNS if any(column[1] in job.metrics for job in jobs)]
     shared = set.intersection(*map(set, groups))

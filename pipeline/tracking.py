@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 LIBRARIES = ("tensorflow", "keras", "numpy", "mlflow")
 ROOT = Path(__file__).resolve().parents[1]
+CODE = ("conf", "pipeline", "sweeps", "pyproject.toml")  # there, what figures can depend on
 
 _PAUSE = 5.0  # seconds until a store that was away is tried again, at least
 _AWAY = (
@@ -553,7 +554,7 @@ def environment(config: RunConfig, data: Data) -> dict[str, str]:
 
 @functools.cache
 def _git() -> dict[str, str]:
-    """Commit of this code and whether files differ from it; nothing outside a checkout."""
+    """Commit of this code and whether it differs from that; nothing outside a checkout."""
     try:
         top, commit, status = (
             subprocess.run(
@@ -562,7 +563,7 @@ def _git() -> dict[str, str]:
             for arguments in (
                 ["rev-parse", "--show-toplevel"],
                 ["rev-parse", "HEAD"],
-                ["status", "--porcelain"],
+                ["status", "--porcelain", "--", *CODE],
             )
         )
     except (OSError, subprocess.CalledProcessError):

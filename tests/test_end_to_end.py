@@ -83,7 +83,7 @@ def test_a_multirun_ends_with_mean_and_spread_over_its_seeds(ended: Ended) -> No
 
     title, heading, row = ended.out.splitlines()[-3:]
 
-    assert title == "Mean and standard deviation over the seeds that finished:"
+    assert title == "The runs that finished, with mean and standard deviation over seeds:"
     assert heading.split() == ["seeds", "val_accuracy", "test_accuracy", "seconds"]
     assert row.startswith("1, 2 ")
     test_accuracy = re.fullmatch(r"1, 2 +\S+ ±\S+ +(\S+) ±(\S+) +\d+\.\d ±\d+\.\d", row)
@@ -152,7 +152,7 @@ def test_a_multirun_that_is_interrupted_ends_with_the_seeds_that_finished(tmp_pa
 
     assert process.returncode == 130
     *_, title, heading, row = out.splitlines()
-    assert title == "Mean and standard deviation over the seeds that finished:"
+    assert title == "The runs that finished, with mean and standard deviation over seeds:"
     assert (heading.split()[0], row.split()[:2]) == ("seeds", ["1,", "2"])
     refused, interrupted = err.splitlines()
     assert "seed must be in [0, 2**32), got -1." in refused

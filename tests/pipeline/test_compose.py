@@ -142,12 +142,13 @@ def test_a_traceback_is_shown_to_who_asks_for_it(run: Run) -> None:
 def test_a_multirun_tells_each_bad_job_in_one_line_and_goes_on(run: Run, tmp_path: Path) -> None:
     ended = run("-m", "seed=-1,x", "data=digits")
 
-    first, second = ended.stderr.splitlines()
+    first, second, count = ended.stderr.splitlines()
     assert ended.returncode == 1
     assert first.startswith("Error: job 0: ")
     assert "seed must be in [0, 2**32), got -1." in first
     assert second.startswith("Error: job 1: ")
     assert "seed: Value 'x'" in second
+    assert count == "2 of 2 jobs failed."
     assert written(tmp_path) == []
 
 

@@ -94,10 +94,16 @@ def test_the_seed_is_no_setting_however_it_is_given(override: str) -> None:
     assert Job(overrides=["a=1", override], seed=7, metrics={}).settings == ("a=1",)
 
 
-@pytest.mark.parametrize(
-    "jobs",
-    [[], [job(seed=0)], [job("a=1", seed=0), job("a=2", seed=1)], [job(seed=0), job(seed=0)]],
-    ids=len,
-)
-def test_jobs_of_which_none_differ_by_their_seed_alone_have_no_summary(jobs: list[Job]) -> None:
+def test_settings_of_one_seed_each_have_a_row_each() -> None:
+    jobs = [job(f"a={number}", seed=3, metrics={"fit_seconds": number}) for number in (1, 2)]
+
+    assert rows(*jobs) == [
+        ["settings", "seeds", "test_accuracy", "seconds"],
+        ["a=1", "3", "0.5000", "1.0"],
+        ["a=2", "3", "0.5000", "2.0"],
+    ]
+
+
+@pytest.mark.parametrize("jobs", [[], [job(seed=0)], [job(seed=0), job(seed=0)]], ids=len)
+def test_jobs_of_which_none_differ_have_no_summary(jobs: list[Job]) -> None:
     assert summary_table(jobs) is None

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
@@ -91,3 +92,33 @@ def test_the_name_of_a_run_tells_its_settings(
     from pipeline.tracking import run_name
 
     assert run_name(configure("data=digits", *settings)) == name
+
+
+@pytest.mark.parametrize(
+    ("path", "dirty"),
+    [("notes.md", "false"), ("images/seven.png", "false"), ("pipeline/a.py", "true")],
+)
+def test_the_code_has_changes_where_a_file_of_the_product_has(
+    configure: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    dirty: str,
+) -> None:
+    from pipeline import tracking
+    from pipeline.data import load
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+    git("init")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "first")
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_text("changed", encoding="utf-8")
+    monkeypatch.setattr(tracking, "ROOT", tmp_path)
+    monkeypatch.setattr(tracking, "_git", tracking._git.__wrapped__)
+    config = configure("data=digits")
+
+    tags = tracking.environment(config, load(config.data))
+
+    assert tags["git.dirty"] == dirty
