@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+from tests.benchmarks import results
 from tests.benchmarks.sweep import Sweep, best_so_far, draw
 from tests.launching import ENVIRONMENT, run
 
@@ -59,6 +60,25 @@ def test_the_best_so_far_is_drawn_by_contestant(tmp_path: Path) -> None:
 
     labels = re.findall(r"<!-- (\w: .*?) -->", (tmp_path / "sweep.svg").read_text())
     assert labels == ["c: sweeps.run", "g: Ray Tune, MLflow"]
+
+
+def test_results_over_seeds_are_drawn_where_all_images_were_trained_on(tmp_path: Path) -> None:
+    measured = [
+        results.Result(f"+experiment=strong{rest}", [1.0, 1.1], [], [400.0, 410.0])
+        for rest in (" data.validation_size=0", "")
+    ]
+
+    results.draw(measured, tmp_path / "results.svg")
+
+    drawn = re.findall(r"<!-- (.*?) -->", (tmp_path / "results.svg").read_text())
+    assert [each for each in drawn if each == "strong"] == ["strong"]
+    assert {*results.PUBLISHED} <= {*drawn}
+
+
+def test_what_changes_no_figure_is_no_setting() -> None:
+    command = "python -m pipeline.run data=digits seed=3 tracking.directory='a b' +model.l2=1e-5"
+
+    assert results.settings_of(command) == "data=digits +model.l2=1e-5"
 
 
 def test_a_benchmark_that_does_not_exist_is_refused(tmp_path: Path) -> None:
