@@ -63,9 +63,19 @@ def test_every_option_composes(path: Path) -> None:
 def test_every_option_composes_to_a_sweep(path: Path) -> None:
     group, option = path.parent.name, path.stem
 
-    planned = plan("data.path=images.npz", "sampler=random", f"{group}={option}")
+    planned = plan(
+        *("data.path=images.npz", "sampler=random", f"{group}={option}"), "model.l2=0.0,0.1"
+    )
 
-    assert planned.space.parameters
+    assert "model.l2" in {parameter.name for parameter in planned.space.parameters}
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "search").glob("*.yaml")), ids=name_of)
+def test_every_space_but_none_has_names_of_its_own(path: Path) -> None:
+    planned = plan(f"search={path.stem}", "model.l2=0.0,0.1")
+
+    own = {parameter.name for parameter in planned.space.parameters} - {"model.l2"}
+    assert bool(own) == (path.stem != "none")
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=name_of)

@@ -59,7 +59,7 @@ def test_help_shows_the_groups_of_a_sweep(tmp_path: Path) -> None:
     lines = {*ended.out.splitlines()}
     assert ended.status == 0
     assert {
-        "search: deep, distorted, mlp, strong",
+        "search: deep, distorted, mlp, none, strong",
         "sampler: cmaes, grid, qmc, random, tpe",
     } <= lines
     assert "pruner: asha, hyperband, median, none" in lines
