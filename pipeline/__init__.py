@@ -1,5 +1,6 @@
 """One run: compose a configuration, train and evaluate a Keras MLP, record it in MLflow."""
 
+import faulthandler
 import gc
 import logging
 import os
@@ -24,6 +25,11 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # not 7: minutes 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
 os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; PostgreSQL's own: for ever
+
+# Gives signals a stack of their own, and a crash of native code its traceback. In a product of wide
+# layers a signal is else written over the heap, to which the oneDNN of this TensorFlow has the
+# stack's register point: github.com/uxlfoundation/oneDNN/issues/4845.
+faulthandler.enable(2)
 
 _make_record = logging.getLogRecordFactory()
 
