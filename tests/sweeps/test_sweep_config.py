@@ -57,7 +57,9 @@ def test_every_type_has_its_file(group: str, kinds: dict[str, type]) -> None:
 
 @pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "search").glob("*.yaml")))
 def test_every_search_space_composes(option: str) -> None:
-    assert compose(f"search={option}").search.space
+    space = compose(f"search={option}").search.space
+
+    assert (space == {}) == (option == "none")
 
 
 def test_by_default_a_sweep_looks_for_accuracy_and_begins_as_configured() -> None:
