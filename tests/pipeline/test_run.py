@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from mlflow.utils import requirements_utils
 
+from pipeline.arrays import Array
 from pipeline.compose import CONF
 from pipeline.config import RunConfig
 from pipeline.data import Data, Split, load
@@ -188,6 +189,38 @@ def test_every_experiment_runs_on_other_digits_without_change(
     run = only_run(tmp_path)
     assert (run.info.run_id, run.info.status) == (result.run_id, "FINISHED")
     assert result.metrics["best_val_accuracy"] > 0.2  # of ten classes, by chance 0.1
+
+
+def test_an_experiment_runs_on_images_of_fashion_mnist_s_form_without_change(
+    configure: Configure, tmp_path: Path, empty_database: Path
+) -> None:
+    draw = np.random.default_rng(0)
+    arrays: dict[str, Array] = {}
+    for split, count in (("train", 400), ("test", 100)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = draw.integers(0, 128, (count, 28, 28), dtype=np.uint8)
+        images[np.arange(count), 2 * labels] += 127  # a bright row for each class
+        arrays |= {f"x_{split}": images, f"y_{split}": labels}
+    np.savez(tmp_path / "clothes.npz", allow_pickle=True, **arrays)
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_database, tmp_path / "mlruns" / "mlflow.db")
+    config = configure(
+        "+experiment=distorted",
+        "data=fashion_mnist",
+        f"data.path={tmp_path / 'clothes.npz'}",
+        "data.sha256=null",
+        "data.validation_size=100",
+        "training.epochs=10",
+        "tracking.figures=false",
+        f"tracking.directory={tmp_path / 'mlruns'}",
+    )
+
+    result = execute_run(config, COMMAND)
+
+    assert result.metrics["test_accuracy"] > 0.2  # of ten classes, by chance 0.1
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
+    run = client.get_run(result.run_id)
+    assert (run.info.status, run.data.params["data.name"]) == ("FINISHED", "fashion_mnist")
 
 
 def test_a_run_that_distorts_its_images_shows_how(
