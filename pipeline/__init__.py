@@ -26,9 +26,10 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
 os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; PostgreSQL's own: for ever
 
-# Gives signals a stack of their own, and a crash of native code its traceback. In a product of wide
-# layers a signal is else written over the heap, to which the oneDNN of this TensorFlow has the
-# stack's register point: github.com/uxlfoundation/oneDNN/issues/4845.
+# Gives signals of this thread, which has them all, a stack of their own, and a crash of native code
+# its traceback. In a product of wide layers a signal is else written over the heap, to which the
+# oneDNN of TensorFlow 2.21, before its 3.11.2, has the stack's register point:
+# github.com/uxlfoundation/oneDNN/issues/4845.
 faulthandler.enable(2)
 
 _make_record = logging.getLogRecordFactory()

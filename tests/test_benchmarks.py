@@ -64,21 +64,29 @@ def test_the_best_so_far_is_drawn_by_contestant(tmp_path: Path) -> None:
 
 def test_results_over_seeds_are_drawn_where_all_images_were_trained_on(tmp_path: Path) -> None:
     measured = [
-        results.Result(f"+experiment=strong{rest}", [1.0, 1.1], [], [400.0, 410.0])
-        for rest in (" data.validation_size=0", "")
+        results.Result(f"+experiment=strong {size}", whole, [1.0, 1.1], [], [400.0, 410.0], 2)
+        for size, whole in (("data.validation_size=0", True), ("data.validation_size=0.1", False))
     ]
 
     results.draw(measured, tmp_path / "results.svg")
 
     drawn = re.findall(r"<!-- (.*?) -->", (tmp_path / "results.svg").read_text())
-    assert [each for each in drawn if each == "strong"] == ["strong"]
+    assert [each for each in drawn if "strong" in each] == ["strong"]
     assert {*results.PUBLISHED} <= {*drawn}
 
 
-def test_what_changes_no_figure_is_no_setting() -> None:
+def test_a_result_is_named_without_seed_and_store() -> None:
     command = "python -m pipeline.run data=digits seed=3 tracking.directory='a b' +model.l2=1e-5"
 
-    assert results.settings_of(command) == "data=digits +model.l2=1e-5"
+    assert results.shorten(command) == "data=digits +model.l2=1e-5"
+
+
+def test_results_of_no_store_are_refused(tmp_path: Path) -> None:
+    arguments = ("--directory", str(tmp_path / "none"))
+    done = run(*arguments, folder=tmp_path, command=[*PYTHON, "tests.benchmarks.results"])
+
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"error: no store in {tmp_path / 'none'}.\n")
 
 
 def test_a_benchmark_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -91,16 +91,17 @@ def test_a_multirun_ends_with_mean_and_spread_over_its_seeds(ended: Ended) -> No
     assert [*map(float, test_accuracy.groups())] == pytest.approx([mean, spread], abs=2e-4)
 
 
-def test_the_results_of_the_runs_of_one_command_are_read_from_the_store(ended: Ended) -> None:
+def test_the_results_of_equal_settings_are_read_from_the_store(ended: Ended) -> None:
     from tests.benchmarks.results import build_table, read_results
 
     (result,) = read_results(str(ended.folder / "mlruns"), "digits")
 
     told = re.findall(r"^Test accuracy: (0\.\d{4})", ended.out, re.M)
     errors = sorted(100 * (1 - float(accuracy)) for accuracy in told)
-    assert result.settings == shlex.join(QUICK)
+    assert result.command == shlex.join(QUICK)
     assert sorted(result.errors) == pytest.approx(errors, abs=0.01)
     assert len(result.validation) == len(result.seconds) == 2
+    assert not result.whole
     assert build_table([result]).row_count == 1
     assert read_results(str(ended.folder / "mlruns"), "mnist") == []
 

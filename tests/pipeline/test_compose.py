@@ -152,6 +152,20 @@ def test_a_multirun_tells_each_bad_job_in_one_line_and_goes_on(run: Run, tmp_pat
     assert written(tmp_path) == []
 
 
+def test_a_multirun_counts_the_jobs_that_failed(tmp_path: Path) -> None:
+    program = """
+from pipeline.compose import run_cli
+from pipeline.config import RunConfig
+
+run_cli("run", RunConfig, lambda config, overrides: None)
+"""
+    command = [sys.executable, "-c", program, "-m", "seed=0,-1,1", "data=digits"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "1 of 3 jobs failed."
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -3,7 +3,26 @@
 import subprocess
 import sys
 
-# Of shapes that the layers of 1,012 and 1,024 units have, forth and back.
+# Whether the main thread has a stack for signals, here and in a process that is forked.
+STACK = """
+import ctypes, os
+import pipeline
+
+class Stack(ctypes.Structure):
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+def is_set():
+    stack = Stack()
+    assert ctypes.CDLL(None, use_errno=True).sigaltstack(None, ctypes.byref(stack)) == 0
+    return bool(stack.address) and stack.flags == 0 and stack.size > 0
+
+child = os.fork()
+if child == 0:
+    os._exit(0 if is_set() else 3)
+print(is_set(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+# Of shapes that layers of 1,012, 1,024 and 2,048 units have, forth and back.
 STORM = """
 import itertools, signal, time
 import pipeline
@@ -27,6 +46,14 @@ for m, k, n in ((256, 1024, 1024), (784, 256, 1012), (256, 2048, 2048)):
         signal.setitimer(signal.ITIMER_REAL, 0)
 print("whole")
 """
+
+
+def test_signals_have_a_stack_of_their_own_also_in_workers() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", STACK], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (ended.stdout, ended.stderr) == ("True 0\n", "")
 
 
 def test_signals_during_products_of_wide_layers_spoil_no_memory() -> None:

@@ -55,13 +55,6 @@ def test_every_type_has_its_file(group: str, kinds: dict[str, type]) -> None:
     assert {path.stem for path in (CONF / group).glob("*.yaml")} == {*kinds}
 
 
-@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "search").glob("*.yaml")))
-def test_every_search_space_composes(option: str) -> None:
-    space = compose(f"search={option}").search.space
-
-    assert (space == {}) == (option == "none")
-
-
 def test_by_default_a_sweep_looks_for_accuracy_and_begins_as_configured() -> None:
     sweep = compose().sweep
 
