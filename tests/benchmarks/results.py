@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeline.config import TrackingConfig
 from pipeline.store import Recorded, connect, search
@@ -111,8 +111,8 @@ def show(values: Sequence[float]) -> str:
 
 
 def build_table(results: Sequence[Result]) -> Table:
-    table = Table("python -m pipeline.run ...")
-    for heading in ("seeds", "looks", "validation error", "test error", "seconds"):
+    table = Table(Column("settings", overflow="fold"))
+    for heading in ("seeds", "looks", "validation", "test", "seconds"):
         table.add_column(heading, justify="right")
     for result in results:
         counts = (str(len(result.errors)), str(result.looks))
