@@ -63,22 +63,29 @@ def test_the_best_so_far_is_drawn_by_contestant(tmp_path: Path) -> None:
 
 
 def test_results_over_seeds_are_drawn_where_all_images_were_trained_on(tmp_path: Path) -> None:
+    shared = "experiment=strong data.validation_size=0"
     measured = [
-        results.Result(f"+experiment=strong {size}", whole, [1.0, 1.1], [], [400.0, 410.0], 2)
-        for size, whole in (("data.validation_size=0", True), ("data.validation_size=0.1", False))
+        results.Result(command, commit, whole, [1.0, 1.1], [], [400.0, 410.0], 2)
+        for command, commit, whole in (
+            ("experiment=notebook data.validation_size=0", "1111111", True),
+            (shared, "1111111", True),
+            (shared, "2222222", True),
+            ("experiment=strong data.validation_size=0.1", "1111111", False),
+        )
     ]
 
     results.draw(measured, tmp_path / "results.svg")
 
     drawn = re.findall(r"<!-- (.*?) -->", (tmp_path / "results.svg").read_text())
-    assert [each for each in drawn if "strong" in each] == ["strong"]
+    names = [each for each in drawn if re.match("notebook|.*strong", each)]
+    assert names == ["notebook", "strong (1111111)", "strong (2222222)"]
     assert {*results.PUBLISHED} <= {*drawn}
 
 
 def test_a_result_is_named_without_seed_and_store() -> None:
-    command = "python -m pipeline.run data=digits seed=3 tracking.directory='a b' +model.l2=1e-5"
+    command = "python -m pipeline.run data=digits ++seed=3 tracking.directory='a b' +model.l2=1e-5"
 
-    assert results.shorten(command) == "data=digits +model.l2=1e-5"
+    assert results.shorten(command) == "data=digits model.l2=1e-5"
 
 
 def test_results_of_no_store_are_refused(tmp_path: Path) -> None:

@@ -63,19 +63,11 @@ def test_every_option_composes(path: Path) -> None:
 def test_every_option_composes_to_a_sweep(path: Path) -> None:
     group, option = path.parent.name, path.stem
 
-    planned = plan(
-        *("data.path=images.npz", "sampler=random", f"{group}={option}"), "model.l2=0.0,0.1"
-    )
+    own = ["model.l2=0.0,0.1"] if (group, option) == ("search", "none") else []
 
-    assert "model.l2" in {parameter.name for parameter in planned.space.parameters}
+    planned = plan("data.path=images.npz", "sampler=random", f"{group}={option}", *own)
 
-
-@pytest.mark.parametrize("path", sorted((CONF / "search").glob("*.yaml")), ids=name_of)
-def test_every_space_but_none_has_names_of_its_own(path: Path) -> None:
-    planned = plan(f"search={path.stem}", "model.l2=0.0,0.1")
-
-    own = {parameter.name for parameter in planned.space.parameters} - {"model.l2"}
-    assert bool(own) == (path.stem != "none")
+    assert planned.space.parameters
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=name_of)

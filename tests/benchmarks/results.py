@@ -4,8 +4,9 @@
     python -m tests.benchmarks.results --plot tests/benchmarks/results.svg
 
 The first trains, and others like it; the second reads MNIST's finished runs that were tested.
-Errors are in percent, their mean and standard deviation over the seeds of equal settings; each run
-is a look at the test split. Seconds are those of a training, their median.
+Errors are in percent, their mean and standard deviation over the seeds of equal settings by one
+commit, of each seed the first run; each run is a look at the test split. Seconds are those of a
+training, their median.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pipeline.store import Recorded, connect, search
 # Percent, on the same 10,000 images.
 PUBLISHED = {
     "800, of 50,000 images (Simard et al. 2003)": 1.6,
-    "3 x 1024, dropout (Srivastava et al. 2014)": 1.06,
+    "3 x 1024, dropout, max-norm (Srivastava et al. 2014)": 1.06,
     "2 x 8192, dropout, max-norm (Srivastava et al. 2014)": 0.95,
     "800, elastic distortions of 50,000 images (Simard et al. 2003)": 0.7,
     "6 layers, distortions, on a GPU (Ciresan et al. 2010)": 0.35,
@@ -35,10 +36,11 @@ ASIDE = {"seed", "data.path"}  # of the settings, what changes no figure or is w
 
 @dataclass(frozen=True)
 class Result:
-    """The runs of equal settings.
+    """The runs of equal settings by one commit.
 
     Attributes:
         command: Overrides of the first of them, without its seed and store.
+        commit: That of the code, shortened; empty where that was no checkout.
         whole: Whether all training images were trained on.
         errors: On the test split, percent; one a seed.
         validation: Likewise, on what was held out; empty where nothing was.
@@ -47,6 +49,7 @@ class Result:
     """
 
     command: str
+    commit: str
     whole: bool
     errors: list[float]
     validation: list[float]
@@ -57,7 +60,8 @@ class Result:
 def shorten(command: str) -> str:
     """The overrides of `python -m pipeline.run ...`, without those of the seed and the store."""
     _, _, _, *overrides = shlex.split(command)
-    return shlex.join(each for each in overrides if not each.startswith(("seed=", "tracking")))
+    kept = (each.lstrip("+") for each in overrides)
+    return shlex.join(each for each in kept if not each.startswith(("seed=", "tracking")))
 
 
 def read_results(directory: str, data: str) -> list[Result]:
@@ -80,7 +84,8 @@ def read_results(directory: str, data: str) -> list[Result]:
     for run in search("metrics.test_accuracy > 0 and attributes.status = 'FINISHED'"):
         if run.params.get("data.name") == data:
             settings = sorted(item for item in run.params.items() if item[0] not in ASIDE)
-            groups.setdefault(tuple(settings), []).append(run)
+            code = ("git.commit", run.tags.get("git.commit", ""))
+            groups.setdefault((*settings, code), []).append(run)
     results = [to_result(runs) for runs in groups.values()]
     return sorted(results, key=lambda result: statistics.mean(result.errors), reverse=True)
 
@@ -91,6 +96,7 @@ def to_result(runs: Sequence[Recorded]) -> Result:
     first = newest_first[-1]
     return Result(
         shorten(first.tags["command"]),
+        first.tags.get("git.commit", "")[:7],
         (first.params["data.validation_size"], first.params["data.train_size"]) == ("0", "null"),
         to_errors(by_seed.values(), "test_accuracy"),
         to_errors(by_seed.values(), "saved_val_accuracy"),
@@ -112,10 +118,10 @@ def show(values: Sequence[float]) -> str:
 
 def build_table(results: Sequence[Result]) -> Table:
     table = Table(Column("settings", overflow="fold"))
-    for heading in ("seeds", "looks", "validation", "test", "seconds"):
+    for heading in ("code", "seeds", "looks", "validation", "test", "seconds"):
         table.add_column(heading, justify="right")
     for result in results:
-        counts = (str(len(result.errors)), str(result.looks))
+        counts = (result.commit, str(len(result.errors)), str(result.looks))
         figures = (show(result.validation), show(result.errors))
         seconds = f"{statistics.median(result.seconds):.0f}"
         table.add_row(result.command, *counts, *figures, seconds)
@@ -127,6 +133,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
+    commands = [result.command for result in results]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log")
@@ -137,7 +144,9 @@ def draw(results: Sequence[Result], path: Path) -> None:
     for result in results:
         if result.whole:
             words = [word for word in shlex.split(result.command) if word != WHOLE]
-            name = " ".join(word.removeprefix("+experiment=") for word in words) or "the defaults"
+            name = " ".join(word.removeprefix("experiment=") for word in words) or "the defaults"
+            if commands.count(result.command) > 1:
+                name = f"{name} ({result.commit})"
             axes.scatter(result.seconds, result.errors, s=16, alpha=0.7, label=name)
     axes.margins(0.2)
     axes.set(xticks=[10, 30, 100, 300, 1000, 3000], yticks=[0.35, 0.5, 0.7, 1, 1.6, 2.5])

@@ -196,7 +196,7 @@ def test_an_experiment_runs_on_images_of_fashion_mnist_s_form_without_change(
 ) -> None:
     draw = np.random.default_rng(0)
     arrays: dict[str, Array] = {}
-    for split, count in (("train", 400), ("test", 100)):
+    for split, count in (("train", 4000), ("test", 400)):
         labels = np.arange(count, dtype=np.uint8) % 10
         images = draw.integers(0, 128, (count, 28, 28), dtype=np.uint8)
         images[np.arange(count), 2 * labels] += 127  # a bright row for each class
@@ -217,7 +217,7 @@ def test_an_experiment_runs_on_images_of_fashion_mnist_s_form_without_change(
 
     result = execute_run(config, COMMAND)
 
-    assert result.metrics["test_accuracy"] > 0.2  # of ten classes, by chance 0.1
+    assert result.metrics["test_accuracy"] > 0.5  # of ten classes, by chance 0.1
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}")
     run = client.get_run(result.run_id)
     assert (run.info.status, run.data.params["data.name"]) == ("FINISHED", "fashion_mnist")
