@@ -117,7 +117,8 @@ def show(values: Sequence[float]) -> str:
 
 
 def build_table(results: Sequence[Result]) -> Table:
-    table = Table(Column("settings", overflow="fold"))
+    title = "Errors in percent, mean ± standard deviation over seeds; seconds of a training"
+    table = Table(Column("settings", overflow="fold"), title=title, title_justify="left")
     for heading in ("code", "seeds", "looks", "validation", "test", "seconds"):
         table.add_column(heading, justify="right")
     for result in results:
