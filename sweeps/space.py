@@ -17,8 +17,8 @@ from sweeps.config import SearchConfig
 Values = dict[str, Value]
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
-# What no trial may change: trials are compared on the same images, with the same seed.
-NEVER_SEARCHED = ("seed", "evaluate_test", "data", "tracking", "training.threads")
+# What no trial may change: trials of one experiment are compared on the same images, with one seed.
+NEVER_SEARCHED = ("experiment", "seed", "evaluate_test", "data", "tracking", "training.threads")
 # Sections of a sweep that are not those of its runs.
 OWN_SECTIONS = ("search", "sampler", "pruner", "executor", "study", "sweep", "hydra")
 

@@ -16,6 +16,10 @@ from tests.commands import start
         ("sweep.objective=accuracy", "sweep.objective must be one of val_accuracy, val_loss, "),
         ("sweep.name=../x", "sweep.name must be 1 to 64 of the characters"),
         ("evaluate_test=true", "evaluate_test must be false: a trial never looks, got True."),
+        (
+            "+experiment=strong,distorted",
+            "experiment is the same in every trial, it is not searched",
+        ),
         ("seed=1,2", "seed=1,2: seed is the same in every trial, it is not searched."),
         ("model.dropout_rate=choice()", "model.dropout_rate=choice(): "),
         (

@@ -295,7 +295,10 @@ def test_an_error_of_the_command_line_is_told_as_it_was_written() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["seed", "evaluate_test", "data", "data.train_size", "tracking.figures", "training.threads"],
+    [
+        *("experiment", "seed", "evaluate_test"),
+        *("data", "data.train_size", "tracking.figures", "training.threads"),
+    ],
 )
 def test_what_is_the_same_in_every_trial_is_not_searched(name: str) -> None:
     rule = f"{name} is the same in every trial, it is not searched."

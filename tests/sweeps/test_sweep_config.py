@@ -55,6 +55,13 @@ def test_every_type_has_its_file(group: str, kinds: dict[str, type]) -> None:
     assert {path.stem for path in (CONF / group).glob("*.yaml")} == {*kinds}
 
 
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "search").glob("*.yaml")))
+def test_no_search_space_but_none_is_empty(option: str) -> None:
+    space = compose(f"search={option}").search.space
+
+    assert (space == {}) == (option == "none")
+
+
 def test_by_default_a_sweep_looks_for_accuracy_and_begins_as_configured() -> None:
     sweep = compose().sweep
 
